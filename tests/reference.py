@@ -1,0 +1,108 @@
+"""A straightforward SuperViT to compare with: explicit attention matrices, a full sort, one pass for each subnet.
+
+It is written from the description of the method, shares no code with the package, and takes the same state dict.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ReferenceAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2)]
+        query, key, value = heads
+        attention = (query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])).softmax(dim=-1)
+        return self.proj((attention @ value).transpose(1, 2).flatten(2)), attention
+
+
+class ReferenceMlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ReferenceBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ReferenceAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ReferenceMlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: torch.Tensor, keep_rate: float, by_score: bool = True) -> torch.Tensor:
+        y, attention = self.attn(self.norm1(x))
+        x = x + y
+        if keep_rate < 1:
+            count = math.ceil(keep_rate * x.shape[1])
+            if by_score:
+                order = attention.mean(dim=1)[:, 0, 1:].sort(dim=1, descending=True).indices[:, :count]
+                patches = torch.stack([tokens[1:][chosen] for tokens, chosen in zip(x, order, strict=True)])
+            else:
+                patches = x[:, 1:1 + count]
+            x = torch.cat([x[:, :1], patches], dim=1)
+        return x + self.mlp(self.norm2(x))
+
+
+class ReferenceSuperViT(nn.Module):
+    def __init__(
+            self,
+            img_sizes: tuple[int, ...] = (128, 160, 192, 224),
+            drop_layers: tuple[int, ...] = (3, 6, 9),
+            patch_size: int = 16,
+            embed_dim: int = 384,
+            depth: int = 12,
+            num_heads: int = 6,
+            mlp_ratio: float = 4.,
+            num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.img_sizes, self.drop_layers = img_sizes, drop_layers
+        self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, embed_dim, patch_size, patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed_list = nn.ParameterList(
+            torch.zeros(1, (size // patch_size) ** 2 + 1, embed_dim) for size in img_sizes)
+        self.blocks = nn.ModuleList(ReferenceBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, x: torch.Tensor, img_size: int, keep_rate: float) -> torch.Tensor:
+        if x.shape[-1] != img_size:
+            x = F.interpolate(x, (img_size, img_size), mode='bilinear', align_corners=True)
+        x = self.patch_embed['proj'](x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)
+        x = x + self.pos_embed_list[self.img_sizes.index(img_size)]
+        for i, block in enumerate(self.blocks):
+            x = block(x, keep_rate if i in self.drop_layers else 1.)
+        return self.head(self.norm(x)[:, 0])
+
+
+def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return -(target * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def training_step(model: nn.Module, x: torch.Tensor, target: torch.Tensor, subnets: list) -> list[torch.Tensor]:
+    """Four passes, four backward calls, as the paper's training loop does; gradients add up in the parameters."""
+    losses, teacher = [], torch.empty(0)
+    for i, (img_size, keep_rate) in enumerate(subnets):
+        logits = model(x, img_size=img_size, keep_rate=keep_rate)
+        if i % 2 == 0:
+            teacher = logits.detach().softmax(dim=1)
+            loss = soft_cross_entropy(logits, target)
+        else:
+            log_ratio = teacher.log() - logits.log_softmax(dim=1)
+            loss = (teacher * log_ratio).sum() / len(x)
+        loss.backward()
+        losses.append(loss.detach())
+    return losses

@@ -1,0 +1,26 @@
+"""Super Vision Transformer (SuperViT, arXiv 2205.11397) as a plugin of timm."""
+import importlib
+from typing import Any
+
+from .registration import install_hooks
+
+__all__ = ['Subnet', 'SuperViTTask', 'SuperVisionTransformer']
+
+# Where each public name lives. They are imported on first use (PEP 562), since this package is imported with torch.
+_NAMES = {
+    'Subnet': '.subnets',
+    'SuperViTTask': '.task',
+    'SuperVisionTransformer': '.models.supervit',
+}
+
+install_hooks()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(_NAMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,603 @@
+"""Super Vision Transformer (SuperViT): one vision transformer that runs at many costs.
+
+Paper: `Super Vision Transformer` - https://arxiv.org/abs/2205.11397 (IJCV 2023)
+Official code: https://github.com/lmbxmu/SuperViT
+
+The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
+tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
+"""
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed, register_notrace_function, resample_abs_pos_embed, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args, update_model_input_size  # what timm's own models record settings with
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..subnets import (
+    Subnet,
+    check_drop_layers,
+    check_img_size,
+    check_img_sizes,
+    check_keep_rate,
+    check_keep_rates,
+    check_train_subnets,
+    keep_schedule,
+    transformer_macs,
+)
+from .token_keeping import TokenKeepingAttention, TokenKeepingBlock
+from .weights import adapt_state_dict
+
+__all__ = ['SuperVisionTransformer']  # register_model adds each factory
+
+Schedule = tuple[int | None, ...]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def resize_images(x: Tensor, img_size: int, in_chans: int) -> Tensor:
+    """Resize images to a square, bilinearly with aligned corners and no antialiasing, as the official code does.
+
+    Args:
+        x: Images [B, in_chans, H, W].
+        img_size: Side of the result in pixels.
+        in_chans: Channels that the network was built for.
+
+    Returns:
+        Images [B, in_chans, img_size, img_size]; ``x`` itself where it has that size.
+
+    Raises:
+        ValueError: If ``x`` has another number of dimensions or channels.
+    """
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f'input of shape {tuple(x.shape)} is no batch of images [B, {in_chans}, H, W]; '
+            f'for another number of channels create the model with in_chans=')
+    if x.shape[-2:] == (img_size, img_size):
+        return x
+    return F.interpolate(x, size=(img_size, img_size), mode='bilinear', align_corners=True)
+
+
+class PositionEmbeddings(nn.ParameterList):
+    """One learned position embedding [1, prefix + grid * grid, D] for each image size, ascending."""
+
+    def __init__(self, lengths: Sequence[int], embed_dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(torch.empty(1, length, embed_dim, device=device, dtype=dtype) for length in lengths)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all embeddings anew, as timm's ViT does."""
+        for pos_embed in self:
+            trunc_normal_(pos_embed, std=.02)
+
+    init_weights = reset_parameters  # the name by which timm's ViT initialization finds it
+
+    def select(self, index: int) -> Tensor:
+        """Return the embedding of one size.
+
+        In training it is cut out of all of them, so that the others get a gradient of zeros: distributed training then
+        needs no search for unused parameters.
+        """
+        if not self.training:
+            return self[index]
+        start = sum(self[i].shape[1] for i in range(index))
+        return torch.cat(list(self), dim=1)[:, start:start + self[index].shape[1]]
+
+
+class SuperVisionTransformer(VisionTransformer):
+    """Vision transformer that runs at any of several image sizes and keep rates.
+
+    It is timm's ``VisionTransformer`` with a grid of subnets on top; ``model(x)`` runs the active one, and
+    ``model(x, img_size=160, keep_rate=0.7)`` another for that call alone. A call changes nothing on the model, so any
+    number of threads can run any subnets at once. Images of any size are resized inside.
+
+    Attributes:
+        img_sizes: Sides of the square images, in pixels, ascending.
+        keep_rates: Keep rates of the grid, ascending.
+        drop_layers: Blocks that drop tokens, counted from 0.
+        train_subnets: Which subnets a training step of ``SuperViTTask`` runs.
+        share_prefix: Whether ``forward_subnets`` computes what subnets of one size have in common once.
+    """
+
+    def __init__(
+            self,
+            img_sizes: Sequence[int] = (128, 160, 192, 224),
+            keep_rates: Sequence[float] = (0.5, 0.7, 1.0),
+            drop_layers: Sequence[int] = (3, 6, 9),
+            img_size: int | Sequence[int] | None = None,
+            keep_rate: float = 1.0,
+            train_subnets: str = 'sandwich',
+            share_prefix: bool = True,
+            patch_size: int | Sequence[int] = 16,
+            embed_dim: int = 768,
+            depth: int = 12,
+            mlp_ratio: float = 4.,
+            reg_tokens: int = 0,
+            embed_layer: Callable[..., nn.Module] = PatchEmbed,
+            block_fn: type[TokenKeepingBlock] = TokenKeepingBlock,
+            device: Any = None,
+            dtype: Any = None,
+            **kwargs: Any,
+    ) -> None:
+        """Create the model; the arguments that are not listed are those of timm's ``VisionTransformer``.
+
+        Args:
+            img_sizes: Image sizes of the grid, in pixels, ascending, each divisible by ``patch_size``.
+            keep_rates: Keep rates of the grid, in (0, 1].
+            drop_layers: Blocks that drop tokens, counted from 0. Indices beyond a shallower network are an error.
+            img_size: Size of the active subnet (default: the largest).
+            keep_rate: Keep rate of the active subnet, in (0, 1]; it need not be in ``keep_rates``.
+            train_subnets: ``sandwich`` (the official sampling), ``all`` or ``active``, see ``SuperViTTask``.
+            share_prefix: Compute what subnets of one size have in common once, in evaluation and in training.
+
+        Raises:
+            ValueError: If a setting does not fit; the message says what would.
+        """
+        for name, required in dict(
+                class_token=True, pos_embed='learn', dynamic_img_size=False, dynamic_img_pad=False, patch_drop_rate=0.,
+        ).items():
+            if kwargs.pop(name, required) != required:
+                raise ValueError(f'SuperViT needs {name}={required!r}: it ranks patches by the class token and has one '
+                                 f'learned position embedding for each of its img_sizes')
+        patch_size = check_img_size(patch_size)
+        img_sizes = check_img_sizes(img_sizes, patch_size)
+        keep_rates = check_keep_rates(keep_rates)
+        drop_layers = check_drop_layers(drop_layers, depth)
+        check_train_subnets(train_subnets)
+        super().__init__(
+            img_size=img_sizes[-1],
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            mlp_ratio=mlp_ratio,
+            reg_tokens=reg_tokens,
+            pos_embed='none',  # replaced by pos_embed_list
+            embed_layer=partial(embed_layer, strict_img_size=False),
+            block_fn=partial(block_fn, num_prefix_tokens=1 + reg_tokens),
+            attn_layer=TokenKeepingAttention,
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+        self.mlp_ratio = mlp_ratio
+        self.img_sizes = img_sizes
+        self.keep_rates = keep_rates
+        self.drop_layers = drop_layers
+        self.train_subnets = train_subnets
+        self.share_prefix = share_prefix
+        self.subnet = Subnet(img_sizes[-1] if img_size is None else check_img_size(img_size), keep_rate)
+        lengths = [grid_size ** 2 + self.num_embed_prefix_tokens for grid_size in self.grid_sizes]
+        self.pos_embed_list = PositionEmbeddings(lengths, embed_dim, device=device, dtype=dtype)
+        self.register_load_state_dict_pre_hook(adapt_state_dict)
+
+    @property
+    def subnets(self) -> list[Subnet]:
+        """All subnets of the grid, cheapest first."""
+        grid = [Subnet(img_size, keep_rate) for img_size in self.img_sizes for keep_rate in self.keep_rates]
+        return sorted(grid, key=self.macs)
+
+    @property
+    def subnet(self) -> Subnet:
+        """The active subnet, which ``model(x)`` runs; assignable.
+
+        Raises:
+            ValueError: On assignment, if the size is not in ``img_sizes`` or the rate not in (0, 1].
+        """
+        return self._subnet
+
+    @subnet.setter
+    def subnet(self, subnet: tuple[int, float]) -> None:
+        self._subnet = self._check_subnet(subnet)
+        update_model_input_size(self, self._subnet.img_size, keep_rate=self._subnet.keep_rate)
+
+    @property
+    def grid_sizes(self) -> tuple[int, ...]:
+        """Patches along one side of the image, for each of ``img_sizes``."""
+        return tuple(img_size // self.patch_embed.patch_size[0] for img_size in self.img_sizes)
+
+    @property
+    def num_embed_prefix_tokens(self) -> int:
+        """Prefix tokens that have an entry in the position embeddings."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def macs(self, subnet: Subnet) -> int:
+        """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks and head."""
+        num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
+        head = sum(m.weight.numel() for m in self.get_classifier().modules() if isinstance(m, nn.Linear))
+        return self._embed_macs(num_patches) + head + transformer_macs(
+            num_patches, self._schedule(subnet), self.num_prefix_tokens, self.embed_dim, self.mlp_ratio)
+
+    def _embed_macs(self, num_patches: int) -> int:
+        return num_patches * self.patch_embed.proj.weight.numel()
+
+    def _check_subnet(self, subnet: tuple[int, float]) -> Subnet:
+        img_size, keep_rate = subnet
+        if img_size not in self.img_sizes:
+            raise ValueError(
+                f'img_size {img_size} is none of img_sizes {self.img_sizes}; '
+                f'choose one of them, or add it with set_input_size({img_size})')
+        return Subnet(img_size, check_keep_rate(keep_rate))
+
+    def _choose_subnet(self, img_size: int | None, keep_rate: float | None) -> Subnet:
+        active = self.subnet
+        # FX tracing hands over proxies for optional arguments; a traced graph is one of the active subnet.
+        img_size = active.img_size if img_size is None or isinstance(img_size, torch.fx.Proxy) else img_size
+        keep_rate = active.keep_rate if keep_rate is None or isinstance(keep_rate, torch.fx.Proxy) else keep_rate
+        return self._check_subnet((img_size, keep_rate))
+
+    def _schedule(self, subnet: Subnet) -> Schedule:
+        num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
+        return keep_schedule(num_patches, subnet.keep_rate, self.drop_layers, len(self.blocks))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone.
+
+        The position embeddings are among them, as the official code intends; the timm version that it ships matches
+        whole names only and so decays them.
+        """
+        return super().no_weight_decay() | {f'pos_embed_list.{i}' for i in range(len(self.pos_embed_list))}
+
+    def set_input_size(
+            self,
+            img_size: int | Sequence[int] | None = None,
+            patch_size: int | Sequence[int] | None = None,
+    ) -> None:
+        """Make an image size active, adding it to ``img_sizes`` if it is new, and change the patch size.
+
+        Position embeddings are resampled bicubically: a new size's from the nearest one, all of them where the patch
+        size changes.
+
+        Args:
+            img_size: Side of the square image in pixels, or an equal (height, width) pair.
+            patch_size: New patch size, likewise.
+
+        Raises:
+            ValueError: If a size is not square or not divisible by the patch size.
+        """
+        new_size = self.subnet.img_size if img_size is None else check_img_size(img_size)
+        new_patch = self.patch_embed.patch_size[0] if patch_size is None else check_img_size(patch_size)
+        img_sizes = check_img_sizes(sorted({*self.img_sizes, new_size}), new_patch)
+        pos_embeds = []
+        for size in img_sizes:
+            nearest = min(range(len(self.img_sizes)), key=lambda i: abs(self.img_sizes[i] - size))
+            old, requires_grad = self.pos_embed_list[nearest], self.pos_embed_list[nearest].requires_grad
+            resampled = resample_abs_pos_embed(
+                old.detach(), new_size=[size // new_patch] * 2, num_prefix_tokens=self.num_embed_prefix_tokens)
+            pos_embeds.append(old if resampled.shape == old.shape else nn.Parameter(resampled, requires_grad))
+        super().set_input_size(img_size=(img_sizes[-1],) * 2, patch_size=(new_patch,) * 2)
+        self.img_sizes = img_sizes
+        update_model_args(self, img_sizes=img_sizes)
+        self.pos_embed_list[:] = pos_embeds[:len(self.pos_embed_list)]
+        self.pos_embed_list.extend(pos_embeds[len(self.pos_embed_list):])
+        self.subnet = Subnet(new_size, self.subnet.keep_rate)
+
+    def embed(self, x: Tensor, img_size: int) -> Tensor:
+        """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
+        x = self.patch_embed(resize_images(x, img_size, self.in_chans))
+        pos_embed = self.pos_embed_list.select(self.img_sizes.index(img_size))
+        prefix = [self.cls_token.expand(x.shape[0], -1, -1)]
+        if self.reg_token is not None:
+            prefix.append(self.reg_token.expand(x.shape[0], -1, -1))
+        if self.no_embed_class:
+            x = torch.cat([*prefix, x + pos_embed], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + pos_embed
+        return self.norm_pre(self.pos_drop(x))
+
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.grad_checkpointing:
+            return checkpoint(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    def forward_features(
+            self,
+            x: Tensor,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+            *,
+            img_size: int | None = None,
+            keep_rate: float | None = None,
+    ) -> Tensor:
+        """Run a subnet up to the final norm.
+
+        Args:
+            x: Images [B, C, H, W] of any size.
+            attn_mask: As in timm's ViT, for blocks that drop nothing.
+            is_causal: As in timm's ViT, for blocks that drop nothing.
+            img_size: Size of the subnet, one of ``img_sizes`` (default: the active one).
+            keep_rate: Keep rate of the subnet, in (0, 1] (default: the active one).
+
+        Returns:
+            The tokens that were kept to the end [B, T, D], the class token first.
+
+        Raises:
+            ValueError: If there is no such subnet, the images have another number of channels, or a mask is given to a
+                subnet that drops tokens.
+        """
+        subnet = self._choose_subnet(img_size, keep_rate)
+        schedule, masks = self._schedule(subnet), _mask_arguments(attn_mask, is_causal)
+        _check_masks(masks, subnet, schedule)
+        x = self.embed(x, subnet.img_size)
+        for block, num_keep in zip(self.blocks, schedule, strict=True):
+            x = self._run(block, x, num_keep=num_keep, **masks)
+        return self.norm(x)
+
+    def forward(
+            self,
+            x: Tensor,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+            *,
+            img_size: int | None = None,
+            keep_rate: float | None = None,
+    ) -> Tensor:
+        """Run the active subnet, or the given one for this call alone; see ``forward_features`` for the arguments.
+
+        Returns:
+            Logits [B, num_classes].
+        """
+        x = self.forward_features(x, attn_mask, is_causal, img_size=img_size, keep_rate=keep_rate)
+        return self.forward_head(x)
+
+    def forward_subnets(self, x: Tensor, subnets: Sequence[tuple[int, float]]) -> list[Tensor]:
+        """Run several subnets on one batch.
+
+        Subnets of one size are the same network up to and including the attention of the first block in which they
+        keep different numbers of tokens, so they share that part, forward and backward, stochastic depth and dropout
+        masks included. The results and gradients are those of separate calls. ``share_prefix=False`` turns it off.
+
+        Args:
+            x: Images [B, C, H, W] of any size.
+            subnets: Pairs (img_size, keep_rate), in any order.
+
+        Returns:
+            Logits [B, num_classes] of each subnet, in the order of ``subnets``.
+
+        Raises:
+            ValueError: If one of them is no subnet of this model, or the images have another number of channels.
+        """
+        subnets = [self._check_subnet(subnet) for subnet in subnets]
+        if not self.share_prefix:
+            return [self(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate) for subnet in subnets]
+        logits: dict[tuple[int, Schedule], Tensor] = {}
+        for img_size in dict.fromkeys(subnet.img_size for subnet in subnets):  # in the order of their first appearance
+            schedules = {self._schedule(subnet) for subnet in subnets if subnet.img_size == img_size}
+            for schedule, tokens in self._forward_branches(self.embed(x, img_size), schedules):
+                logits[img_size, schedule] = self.forward_head(self.norm(tokens))
+        return [logits[subnet.img_size, self._schedule(subnet)] for subnet in subnets]
+
+    def _forward_branches(
+            self,
+            x: Tensor,
+            schedules: set[Schedule],
+            layer: int = 0,
+    ) -> Iterator[tuple[Schedule, Tensor]]:
+        """Run the blocks from ``layer`` on for schedules that agreed so far; yield each with its tokens [B, T, D]."""
+        for i in range(layer, len(self.blocks)):
+            branches = tuple(sorted({schedule[i] for schedule in schedules}, key=lambda keep: keep or 0))
+            if len(branches) == 1:
+                x = self._run(self.blocks[i], x, num_keep=branches[0])
+                continue
+            for num_keep, tokens in zip(branches, self._run(self.blocks[i], x, num_keep=branches), strict=True):
+                branch = {schedule for schedule in schedules if schedule[i] == num_keep}
+                yield from self._forward_branches(tokens, branch, i + 1)
+            return
+        yield from ((schedule, x) for schedule in schedules)
+
+    def _trace_blocks(self, x: Tensor, schedule: Schedule, masks: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
+        """Run the blocks one by one and keep book of the tokens.
+
+        Yields:
+            After each block, the kept tokens [B, T, D], the last values of all tokens, the dropped ones included
+            [B, T0, D], and the kept patches' places in the grid, row-major [B, T - num_prefix_tokens].
+        """
+        num_prefix, num_patches = self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens
+        dense = x
+        patches = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)
+        for block, num_keep in zip(self.blocks, schedule, strict=False):
+            if num_keep is None:
+                x = self._run(block, x, **masks)
+            else:
+                x, scores = self._run(block.attend, x)
+                dense = _fill_in(dense, x, patches, num_prefix)  # what this block drops keeps the value it has here
+                x, kept = block.keep(x, scores, num_keep)
+                patches = patches.gather(1, kept)
+                x = self._run(block.feed_forward, x)
+            dense = _fill_in(dense, x, patches, num_prefix)
+            yield x, dense, patches
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+            *,
+            img_size: int | None = None,
+            keep_rate: float | None = None,
+    ) -> Any:
+        """Return features after several blocks, as timm's ViT does, of the active or the given subnet.
+
+        The intermediates are dense maps of the subnet's whole grid: where a patch was dropped, they hold the last value
+        that its token had.
+
+        Args:
+            x: Images [B, C, H, W] of any size.
+            indices: Take the last n blocks if int, all if None, these if a sequence.
+            return_prefix_tokens: Return the class and register tokens beside each map.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Stop after the last block that is asked for.
+            output_fmt: ``NCHW`` or ``NLC``.
+            intermediates_only: Return the intermediates alone.
+            output_dict: Return a dictionary with timm's keys.
+            attn_mask: As in timm's ViT, for blocks that drop nothing.
+            is_causal: As in timm's ViT, for blocks that drop nothing.
+            img_size: Size of the subnet (default: the active one).
+            keep_rate: Keep rate of the subnet (default: the active one).
+
+        Returns:
+            The final features as ``forward_features`` returns them and the intermediates, in the form asked for.
+        """
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f'output_fmt {output_fmt!r} is unknown; use NCHW or NLC')
+        subnet = self._choose_subnet(img_size, keep_rate)
+        schedule, masks = self._schedule(subnet), _mask_arguments(attn_mask, is_causal)
+        _check_masks(masks, subnet, schedule)
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x = self.embed(x, subnet.img_size)
+        num_prefix, grid_size = self.num_prefix_tokens, self.grid_sizes[self.img_sizes.index(subnet.img_size)]
+        maps, prefixes = [], []
+        for i, (tokens, dense, _) in enumerate(self._trace_blocks(x, schedule, masks)):
+            x = tokens
+            if i in take_indices:
+                dense = self.norm(dense) if norm else dense
+                prefixes.append(dense[:, :num_prefix])
+                maps.append(dense[:, num_prefix:])
+            if stop_early and i == max_index:
+                break
+        if output_fmt == 'NCHW':
+            maps = [y.transpose(1, 2).unflatten(2, (grid_size, grid_size)).contiguous() for y in maps]
+        if output_dict:
+            result: dict[str, Any] = {'image_intermediates': maps}
+            if return_prefix_tokens:
+                result['image_intermediates_prefix'] = prefixes
+            return result if intermediates_only else result | {'image_features': self.norm(x)}
+        intermediates = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def kept_patches(
+            self,
+            x: Tensor,
+            *,
+            img_size: int | None = None,
+            keep_rate: float | None = None,
+    ) -> dict[int, Tensor]:
+        """Return which patches are left after each block that drops some.
+
+        Args:
+            x: Images [B, C, H, W] of any size.
+            img_size: Size of the subnet (default: the active one).
+            keep_rate: Keep rate of the subnet (default: the active one).
+
+        Returns:
+            For each dropping block, the places of the kept patches in the subnet's grid, row-major and in no
+            particular order [B, K].
+        """
+        subnet = self._choose_subnet(img_size, keep_rate)
+        schedule = self._schedule(subnet)
+        steps = self._trace_blocks(self.embed(x, subnet.img_size), schedule, {})
+        return {i: patches for i, (_, _, patches) in enumerate(steps) if schedule[i] is not None}
+
+
+def _mask_arguments(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    # FX tracing hands over proxies for optional arguments; a traced graph takes no mask.
+    if isinstance(attn_mask, torch.fx.Proxy) or (attn_mask is None and not is_causal):
+        return {}
+    return {'attn_mask': attn_mask, 'is_causal': is_causal}
+
+
+def _check_masks(masks: dict[str, Any], subnet: Subnet, schedule: Schedule) -> None:
+    if masks and any(num_keep is not None for num_keep in schedule):
+        raise ValueError(f'{subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
+
+
+def _fill_in(dense: Tensor, x: Tensor, patches: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Write tokens [B, T, D] over the places in the dense tokens [B, T0, D] that they came from."""
+    if x.shape == dense.shape:
+        return x
+    prefix = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
+    index = torch.cat([prefix, patches + num_prefix_tokens], dim=1).unsqueeze(-1).expand_as(x)
+    return dense.scatter(1, index, x)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
+        'crop_pct': 0.875, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2205.11397', 'paper_name': 'Super Vision Transformer',
+        'origin_url': 'https://github.com/lmbxmu/SuperViT',
+        **kwargs,
+    }
+
+
+def _deit_cfg(size: str) -> dict[str, Any]:
+    return _cfg(
+        hf_hub_id=f'timm/deit_{size}_patch16_224.fb_in1k',
+        description='Plain DeiT weights, a start for super-training; they are not SuperViT-trained.')
+
+
+default_cfgs = generate_default_cfgs({
+    'supervit_tiny.deit_in1k': _deit_cfg('tiny'),
+    'supervit_small.deit_in1k': _deit_cfg('small'),
+    'supervit_base.deit_in1k': _deit_cfg('base'),
+    'supervit_digits.untrained': _cfg(num_classes=10, input_size=(3, 24, 24), crop_pct=1.0),
+})
+
+
+def create_supervit(
+        variant: str,
+        pretrained: bool = False,
+        model_cls: type[SuperVisionTransformer] = SuperVisionTransformer,
+        **kwargs: Any,
+) -> SuperVisionTransformer:
+    """Build a registered variant by timm's builder, which loads weights and wraps features."""
+    out_indices = kwargs.pop('out_indices', 3)
+    largest = None
+    if 'img_sizes' in kwargs:
+        largest = check_img_sizes(kwargs['img_sizes'], check_img_size(kwargs['patch_size']))[-1]
+        # timm's default for img_size is the input size of the variant, which need not be in another grid.
+        kwargs.setdefault('img_size', largest)
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+    if largest:
+        # What a loader should deliver: the largest size, from which the others are resized inside.
+        model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], largest, largest)
+    return model
+
+
+@register_model
+def supervit_tiny(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
+    """SuperViT of DeiT-Ti's size."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    return create_supervit('supervit_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def supervit_small(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
+    """SuperViT of DeiT-S's size, the network of the paper."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    return create_supervit('supervit_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def supervit_base(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
+    """SuperViT of DeiT-B's size."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    return create_supervit('supervit_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def supervit_digits(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
+    """SuperViT small enough to train on handwritten digits in minutes, on a CPU."""
+    model_args = dict(
+        img_sizes=(12, 16, 20, 24), drop_layers=(1, 3, 4), patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2.)
+    return create_supervit('supervit_digits', pretrained=pretrained, **dict(model_args, **kwargs))

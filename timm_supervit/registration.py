@@ -1,0 +1,70 @@
+"""How timm learns of this package without being told: post-import hooks on ``timm.models`` and ``timm.task``.
+
+timm looks up no entry points. torch does: at the end of ``import torch`` it calls those of the group ``torch.backends``
+("Autoload Mechanism" in its documentation), and timm imports torch before anything else. ``install_hooks`` is that entry
+point; ``import timm_supervit`` calls it too, for where autoload is off. It imports neither torch nor timm.
+"""
+import functools
+import sys
+import warnings
+from importlib.metadata import distribution
+from types import ModuleType
+from typing import Any
+
+__all__ = ['install_hooks']
+
+
+@functools.cache
+def install_hooks() -> None:
+    """Install the hooks, once. Never raises: what fails becomes a warning when timm is used."""
+    try:
+        from wrapt import register_post_import_hook
+
+        register_post_import_hook(_register_models, 'timm.models')
+        register_post_import_hook(_extend_tasks, 'timm.task')
+    except Exception as error:
+        if 'timm.models' in sys.modules:
+            _warn(error)
+        else:
+            sys.meta_path.insert(0, _WarnWhenTimmIsImported(error))
+
+
+def _register_models(models: ModuleType) -> None:
+    """Load this distribution's entry points of the group ``timm.models``, which registers the model factories."""
+    try:
+        for entry_point in distribution('timm-supervit').entry_points.select(group='timm.models'):
+            entry_point.load()
+    except Exception as error:
+        _warn(error)
+
+
+def _extend_tasks(tasks: ModuleType) -> None:
+    """Let ``ClassificationTask(model, ...)`` create a ``SuperViTTask`` where the model is a SuperViT."""
+
+    def new(cls: type, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if cls is tasks.ClassificationTask and model is not None:
+            from .task import SuperViTTask, is_supervit
+
+            cls = SuperViTTask if is_supervit(model) else cls
+        return object.__new__(cls)
+
+    tasks.ClassificationTask.__new__ = staticmethod(new)
+
+
+class _WarnWhenTimmIsImported:
+    """Import finder that finds nothing; it warns when timm is imported, since a hook could not be installed."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == 'timm':
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            _warn(self.error)
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f'timm-supervit is installed but could not register its models: {type(error).__name__}: {error}. '
+        f'Reinstall it with "pip install --force-reinstall --no-deps timm-supervit".',
+        stacklevel=2)

@@ -1,0 +1,194 @@
+"""Super-training: the objective of SuperViT (arXiv 2205.11397) as a task of timm's Task API.
+
+One step runs several subnets on one batch and adds up their losses: networks that keep all tokens learn from the labels,
+networks that drop some learn from the network of their own size that keeps all. One backward pass and one update follow,
+both done by the training script.
+"""
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .models.supervit import SuperVisionTransformer
+from .subnets import Subnet
+
+__all__ = ['SuperViTTask', 'SubnetLoss', 'is_supervit']
+
+_logger = logging.getLogger(__name__)
+
+
+class SubnetLoss(NamedTuple):
+    """What one subnet contributed to a training step.
+
+    Attributes:
+        subnet: The subnet.
+        role: ``label``, it learned from the labels, or ``distill``, from its size's network that keeps all tokens.
+        loss: Its loss, detached, a scalar.
+    """
+
+    subnet: Subnet
+    role: str
+    loss: Tensor
+
+
+def is_supervit(model: nn.Module) -> bool:
+    """Return whether a model, wrapped or not, is a SuperViT."""
+    return isinstance(unwrap_model(model), SuperVisionTransformer)
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return KL(softmax(teacher) || softmax(logits)), summed over classes and averaged over the batch.
+
+    Args:
+        logits: The student's logits [B, classes].
+        teacher_logits: The teacher's logits [B, classes]; no gradient flows into them.
+    """
+    return F.kl_div(
+        logits.log_softmax(dim=-1), teacher_logits.detach().log_softmax(dim=-1), reduction='batchmean', log_target=True)
+
+
+class SuperViTTask(ClassificationTask):
+    """Trains all subnets of a SuperViT at once.
+
+    It is what ``timm.task.ClassificationTask(model, ...)`` creates for a SuperViT, so timm's ``train.py`` super-trains.
+    The model's setting ``train_subnets`` chooses the subnets of a step, with S the largest size:
+
+    - ``sandwich``, the official sampling: (S, 1.0) and a random smaller size at 1.0 learn from the labels; both sizes at
+      a random lower rate each learn from them.
+    - ``all``: every size at 1.0 learns from the labels, and every lower rate from its own size at 1.0.
+    - ``active``: the active subnet learns from the labels, as any timm model.
+
+    The draws come from a generator of the task's own, seeded from torch's seed. It is the same on every rank and part of
+    the checkpoint. Evaluation, EMA and checkpoints see the plain model.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Create the task.
+
+        Args:
+            model: A SuperViT.
+            *args: As for ``ClassificationTask``.
+            **kwargs: As for ``ClassificationTask``.
+        """
+        super().__init__(model, *args, **kwargs)
+        self.model: SuperVisionTransformer = unwrap_model(model)
+        self.generator = torch.Generator().manual_seed(torch.initial_seed())
+        if self.verbose:
+            _logger.info(
+                f'Super-training img_sizes {self.model.img_sizes} x keep_rates {self.model.keep_rates}, '
+                f'train_subnets={self.model.train_subnets}')
+
+    def sample_subnets(self) -> list[Subnet]:
+        """Draw the subnets of one step, each size's network that keeps all tokens before those that learn from it."""
+        model = self.model
+        if model.train_subnets == 'active':
+            return [model.subnet]
+        lower_rates = [rate for rate in model.keep_rates if rate < 1]
+        if model.train_subnets == 'all':
+            return [Subnet(size, rate) for size in reversed(model.img_sizes) for rate in (1.0, *lower_rates)]
+        *smaller_sizes, largest = model.img_sizes
+        # One order of draws, whatever the grid: the rate of the largest size, a smaller size, its rate.
+        subnets = []
+        for sizes in filter(None, ([largest], smaller_sizes)):
+            size = self._draw(sizes)
+            subnets.append(Subnet(size, 1.0))
+            if lower_rates:
+                subnets.append(Subnet(size, self._draw(lower_rates)))
+        return subnets
+
+    def _draw(self, choices: Sequence[Any]) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """Run one training step's forward passes.
+
+        Args:
+            input: Images [B, C, H, W].
+            target: What the criterion takes: class indices [B] or soft labels [B, classes].
+
+        Returns:
+            ``loss``, the sum of all losses; ``output``, the first subnet's logits [B, classes]; ``subnet_losses``, one
+            ``SubnetLoss`` for each subnet.
+
+        Raises:
+            FloatingPointError: If a loss is not finite; the message names the subnet.
+        """
+        subnets = self.sample_subnets()
+        outputs = self._forward_subnets(input, subnets)
+        teachers: dict[int, Tensor] = {}
+        losses, roles = [], []
+        for subnet, logits in zip(subnets, outputs, strict=True):
+            if subnet.img_size in teachers:
+                roles.append('distill')
+                losses.append(distillation_loss(logits, teachers[subnet.img_size]))
+            else:
+                roles.append('label')
+                losses.append(self.criterion(logits, target))
+                teachers[subnet.img_size] = logits
+        values = torch.stack(losses)
+        result = [
+            SubnetLoss(subnet, role, value)
+            for subnet, role, value in zip(subnets, roles, values.detach(), strict=True)
+        ]
+        if not values.isfinite().all():
+            faulty = ', '.join(f'{s.subnet} ({s.role}): {s.loss.item()}' for s in result if not s.loss.isfinite())
+            raise FloatingPointError(
+                f'loss is not finite for {faulty}; lower the learning rate, clip gradients or train in bfloat16, '
+                f'and resume from the last checkpoint')
+        return {'loss': values.sum(), 'output': outputs[0], 'subnet_losses': result}
+
+    def _forward_subnets(self, *args: Any) -> list[Tensor]:
+        if isinstance(self.trainable_module, DistributedDataParallel):
+            return self.trainable_module(*args)
+        return self.model.forward_subnets(*args)
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'SuperViTTask':
+        """Wrap the model in DistributedDataParallel, one gradient synchronization for all subnets of a step.
+
+        Args:
+            device_ids: As for ``DistributedDataParallel``; ignored for a model on the CPU, where torch takes none.
+            **ddp_kwargs: Further arguments of ``DistributedDataParallel``.
+        """
+        parameter = next(self.model.parameters())
+        state = self.generator.get_state().to(parameter.device)
+        torch.distributed.broadcast(state, src=0)  # the ranks' torch seeds differ, their draws must not
+        self.generator.set_state(state.cpu())
+        self.eval_model = self.get_eval_model()
+        self.trainable_module = DistributedDataParallel(
+            _ForwardSubnets(self.trainable_module),
+            device_ids=None if parameter.device.type == 'cpu' else device_ids,
+            **ddp_kwargs,
+        )
+        return self
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return the state of the generator that draws the subnets, for the checkpoint."""
+        return {} if ema else {'subnet_generator': self.generator.get_state()}
+
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Go on drawing subnets where the checkpoint stopped; one without this state leaves the generator alone."""
+        if state and not ema:
+            self.generator.set_state(state['subnet_generator'])
+
+
+class _ForwardSubnets(nn.Module):
+    """Makes ``forward_subnets`` the forward that DistributedDataParallel prepares; unwrapped by timm as any wrapper."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> list[Tensor]:
+        return self.module.forward_subnets(*args)
