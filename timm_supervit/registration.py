@@ -1,7 +1,7 @@
 """How timm learns of this package without being told: post-import hooks on ``timm.models`` and ``timm.task``.
 
 timm looks up no entry points. torch does: at the end of ``import torch`` it calls those of the group ``torch.backends``
-("Autoload Mechanism" in its documentation), and timm imports torch before anything else. ``install_hooks`` is that entry
+("Autoload Mechanism" in its documentation), and timm imports torch before its models. ``install_hooks`` is that entry
 point; ``import timm_supervit`` calls it too, for where autoload is off. It imports neither torch nor timm.
 """
 import functools

@@ -3,6 +3,7 @@
 A subnet is one operating point of a super vision transformer (SuperViT, arXiv 2205.11397): the image at one size, and
 a share of its tokens. This file is arithmetic only; it knows neither torch nor timm.
 """
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def check_img_sizes(img_sizes: Any, patch_size: int) -> tuple[int, ...]:
             lower = size // patch_size * patch_size
             near = ' or '.join(str(s) for s in (lower, lower + patch_size) if s)
             raise ValueError(f'img_sizes {sizes}: {size} is not divisible by the patch size {patch_size}; use {near}')
-    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(sizes)):
         raise ValueError(f'img_sizes {sizes} are not ascending without repeats; use {tuple(sorted(set(sizes)))}')
     return sizes
 

@@ -1,8 +1,8 @@
 """Super-training: the objective of SuperViT (arXiv 2205.11397) as a task of timm's Task API.
 
-One step runs several subnets on one batch and adds up their losses: networks that keep all tokens learn from the labels,
-networks that drop some learn from the network of their own size that keeps all. One backward pass and one update follow,
-both done by the training script.
+One step runs several subnets on one batch and adds up their losses: networks that keep all tokens learn from the
+labels, networks that drop some learn from the network of their own size that keeps all. One backward pass and one
+update follow, both done by the training script.
 """
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .models.supervit import SuperVisionTransformer
 from .subnets import Subnet
 
-__all__ = ['SuperViTTask', 'SubnetLoss', 'is_supervit']
+__all__ = ['SubnetLoss', 'SuperViTTask', 'is_supervit']
 
 _logger = logging.getLogger(__name__)
 
@@ -59,13 +59,13 @@ class SuperViTTask(ClassificationTask):
     It is what ``timm.task.ClassificationTask(model, ...)`` creates for a SuperViT, so timm's ``train.py`` super-trains.
     The model's setting ``train_subnets`` chooses the subnets of a step, with S the largest size:
 
-    - ``sandwich``, the official sampling: (S, 1.0) and a random smaller size at 1.0 learn from the labels; both sizes at
-      a random lower rate each learn from them.
+    - ``sandwich``, the official sampling: (S, 1.0) and a random smaller size at 1.0 learn from the labels; both sizes
+      at a random lower rate each learn from them.
     - ``all``: every size at 1.0 learns from the labels, and every lower rate from its own size at 1.0.
     - ``active``: the active subnet learns from the labels, as any timm model.
 
-    The draws come from a generator of the task's own, seeded from torch's seed. It is the same on every rank and part of
-    the checkpoint. Evaluation, EMA and checkpoints see the plain model.
+    The draws come from a generator of the task's own, seeded from torch's seed. It is the same on every rank and part
+    of the checkpoint. Evaluation, EMA and checkpoints see the plain model.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -159,7 +159,7 @@ class SuperViTTask(ClassificationTask):
         state = self.generator.get_state().to(parameter.device)
         torch.distributed.broadcast(state, src=0)  # the ranks' torch seeds differ, their draws must not
         self.generator.set_state(state.cpu())
-        self.eval_model = self.get_eval_model()
+        self.eval_model: Any = self.get_eval_model()
         self.trainable_module = DistributedDataParallel(
             _ForwardSubnets(self.trainable_module),
             device_ids=None if parameter.device.type == 'cpu' else device_ids,
@@ -188,7 +188,7 @@ class _ForwardSubnets(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module: Any = module
 
     def forward(self, *args: Any) -> list[Tensor]:
         return self.module.forward_subnets(*args)

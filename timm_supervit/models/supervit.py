@@ -78,6 +78,12 @@ class PositionEmbeddings(nn.ParameterList):
 
     init_weights = reset_parameters  # the name by which timm's ViT initialization finds it
 
+    def replace(self, pos_embeds: Sequence[nn.Parameter]) -> None:
+        """Put other embeddings in place of the present ones; there may be more of them."""
+        for i, pos_embed in enumerate(pos_embeds[:len(self)]):
+            self[i] = pos_embed
+        self.extend(pos_embeds[len(self):])
+
     def select(self, index: int) -> Tensor:
         """Return the embedding of one size.
 
@@ -120,7 +126,7 @@ class SuperVisionTransformer(VisionTransformer):
             mlp_ratio: float = 4.,
             reg_tokens: int = 0,
             embed_layer: Callable[..., nn.Module] = PatchEmbed,
-            block_fn: type[TokenKeepingBlock] = TokenKeepingBlock,
+            block_fn: Any = TokenKeepingBlock,
             device: Any = None,
             dtype: Any = None,
             **kwargs: Any,
@@ -159,7 +165,7 @@ class SuperVisionTransformer(VisionTransformer):
             reg_tokens=reg_tokens,
             pos_embed='none',  # replaced by pos_embed_list
             embed_layer=partial(embed_layer, strict_img_size=False),
-            block_fn=partial(block_fn, num_prefix_tokens=1 + reg_tokens),
+            block_fn=partial(block_fn, num_prefix_tokens=1 + reg_tokens),  # type: ignore[arg-type]
             attn_layer=TokenKeepingAttention,
             device=device,
             dtype=dtype,
@@ -274,24 +280,21 @@ class SuperVisionTransformer(VisionTransformer):
         super().set_input_size(img_size=(img_sizes[-1],) * 2, patch_size=(new_patch,) * 2)
         self.img_sizes = img_sizes
         update_model_args(self, img_sizes=img_sizes)
-        self.pos_embed_list[:] = pos_embeds[:len(self.pos_embed_list)]
-        self.pos_embed_list.extend(pos_embeds[len(self.pos_embed_list):])
+        self.pos_embed_list.replace(pos_embeds)
         self.subnet = Subnet(new_size, self.subnet.keep_rate)
 
     def embed(self, x: Tensor, img_size: int) -> Tensor:
         """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
         x = self.patch_embed(resize_images(x, img_size, self.in_chans))
         pos_embed = self.pos_embed_list.select(self.img_sizes.index(img_size))
-        prefix = [self.cls_token.expand(x.shape[0], -1, -1)]
-        if self.reg_token is not None:
-            prefix.append(self.reg_token.expand(x.shape[0], -1, -1))
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.no_embed_class:
             x = torch.cat([*prefix, x + pos_embed], dim=1)
         else:
             x = torch.cat([*prefix, x], dim=1) + pos_embed
         return self.norm_pre(self.pos_drop(x))
 
-    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         if self.grad_checkpointing:
             return checkpoint(function, *args, **kwargs)
         return function(*args, **kwargs)
@@ -363,15 +366,15 @@ class SuperVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If one of them is no subnet of this model, or the images have another number of channels.
         """
-        subnets = [self._check_subnet(subnet) for subnet in subnets]
+        wanted = [self._check_subnet(subnet) for subnet in subnets]
         if not self.share_prefix:
-            return [self(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate) for subnet in subnets]
+            return [self(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate) for subnet in wanted]
         logits: dict[tuple[int, Schedule], Tensor] = {}
-        for img_size in dict.fromkeys(subnet.img_size for subnet in subnets):  # in the order of their first appearance
-            schedules = {self._schedule(subnet) for subnet in subnets if subnet.img_size == img_size}
+        for img_size in dict.fromkeys(subnet.img_size for subnet in wanted):  # in the order of their first appearance
+            schedules = {self._schedule(subnet) for subnet in wanted if subnet.img_size == img_size}
             for schedule, tokens in self._forward_branches(self.embed(x, img_size), schedules):
                 logits[img_size, schedule] = self.forward_head(self.norm(tokens))
-        return [logits[subnet.img_size, self._schedule(subnet)] for subnet in subnets]
+        return [logits[subnet.img_size, self._schedule(subnet)] for subnet in wanted]
 
     def _forward_branches(
             self,
@@ -401,7 +404,8 @@ class SuperVisionTransformer(VisionTransformer):
         num_prefix, num_patches = self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens
         dense = x
         patches = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)
-        for block, num_keep in zip(self.blocks, schedule, strict=False):
+        blocks: Any = self.blocks
+        for block, num_keep in zip(blocks, schedule, strict=True):
             if num_keep is None:
                 x = self._run(block, x, **masks)
             else:
@@ -561,7 +565,7 @@ def create_supervit(
         largest = check_img_sizes(kwargs['img_sizes'], check_img_size(kwargs['patch_size']))[-1]
         # timm's default for img_size is the input size of the variant, which need not be in another grid.
         kwargs.setdefault('img_size', largest)
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -599,5 +603,6 @@ def supervit_base(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransfo
 def supervit_digits(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
     """SuperViT small enough to train on handwritten digits in minutes, on a CPU."""
     model_args = dict(
-        img_sizes=(12, 16, 20, 24), drop_layers=(1, 3, 4), patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2.)
+        img_sizes=(12, 16, 20, 24), drop_layers=(1, 3, 4),
+        patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2.)
     return create_supervit('supervit_digits', pretrained=pretrained, **dict(model_args, **kwargs))

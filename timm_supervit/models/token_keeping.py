@@ -93,6 +93,8 @@ class TokenKeepingBlock(Block):
         num_prefix_tokens: Class and register tokens, which are never dropped.
     """
 
+    attn: TokenKeepingAttention
+
     def __init__(self, *args: Any, num_prefix_tokens: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_prefix_tokens = num_prefix_tokens
@@ -115,7 +117,7 @@ class TokenKeepingBlock(Block):
             x: Tensor,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            num_keep: int | None | tuple[int | None, ...] = None,
+            num_keep: int | tuple[int | None, ...] | None = None,
     ) -> Any:
         """Run the block.
 
@@ -123,7 +125,8 @@ class TokenKeepingBlock(Block):
             x: Tokens [B, T, D].
             attn_mask: As in timm's block, for a block that drops nothing.
             is_causal: As in timm's block, for a block that drops nothing.
-            num_keep: Patch tokens to keep; None drops nothing. A tuple runs one FFN for each number after one attention.
+            num_keep: Patch tokens to keep; None drops nothing. A tuple runs one FFN for each number
+                after a common attention.
 
         Returns:
             Tokens [B, num_prefix_tokens + num_keep, D], [B, T, D] where nothing is dropped. A list of them for a tuple.

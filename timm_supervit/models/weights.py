@@ -1,7 +1,7 @@
 """Reading weights: SuperViT's own and the official checkpoints as they are, plain ViT and DeiT weights resampled.
 
-The check runs in a ``load_state_dict`` pre-hook, before anything is copied. So it serves every route by which timm loads
-weights, and weights that do not fit leave the model as it was.
+The check runs in a ``load_state_dict`` pre-hook, before anything is copied. So it serves every route by which timm
+loads weights, and weights that do not fit leave the model as it was.
 """
 import math
 import re
@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ['adapt_state_dict']
 
 
 def adapt_state_dict(
-        model: nn.Module,
+        model: Any,
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
@@ -36,7 +36,7 @@ def adapt_state_dict(
     _check_fit(model, state_dict, prefix, strict)
 
 
-def _spread_pos_embed(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def _spread_pos_embed(model: Any, state_dict: dict[str, Any], prefix: str) -> None:
     plain = state_dict.get(f'{prefix}pos_embed')
     if plain is None or f'{prefix}pos_embed_list.0' in state_dict:
         return
@@ -52,7 +52,7 @@ def _spread_pos_embed(model: nn.Module, state_dict: dict[str, Any], prefix: str)
     del state_dict[f'{prefix}pos_embed']
 
 
-def _check_fit(model: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
+def _check_fit(model: Any, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
     expected = model.state_dict()
     given = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
     faults = [

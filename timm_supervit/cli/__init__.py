@@ -1,0 +1,34 @@
+"""The command ``supervit``: one subcommand for each tool, each in a file of its own, imported when it is called."""
+import importlib
+import sys
+
+try:
+    import click
+except ImportError:
+    sys.exit('supervit needs the extra "tools": pip install "timm-supervit[tools]"')
+
+__all__ = ['main']
+
+# Each is the click command ``command`` in the file of its name. The help stands here so that listing imports nothing.
+_COMMANDS = {
+    'quickstart': 'Train a small SuperViT on handwritten digits and show what each of its subnets can do.',
+    'recipe': 'Print a training recipe as the YAML that timm\'s train.py reads.',
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return importlib.import_module(f'{__name__}.{name}').command if name in _COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section('Commands'):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 100})
+@click.version_option(package_name='timm-supervit')
+def main() -> None:
+    """Super vision transformers: one network, many costs."""
