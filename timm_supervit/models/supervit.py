@@ -16,7 +16,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, register_notrace_function, resample_abs_pos_embed, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args, update_model_input_size  # what timm's own models record settings with
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -200,7 +199,7 @@ class SuperVisionTransformer(VisionTransformer):
     @subnet.setter
     def subnet(self, subnet: tuple[int, float]) -> None:
         self._subnet = self._check_subnet(subnet)
-        update_model_input_size(self, self._subnet.img_size, keep_rate=self._subnet.keep_rate)
+        self._record_for_export(img_size=self._subnet.img_size, keep_rate=self._subnet.keep_rate)
 
     @property
     def grid_sizes(self) -> tuple[int, ...]:
@@ -221,6 +220,13 @@ class SuperVisionTransformer(VisionTransformer):
 
     def _embed_macs(self, num_patches: int) -> int:
         return num_patches * self.patch_embed.proj.weight.numel()
+
+    def _record_for_export(self, **settings: Any) -> None:
+        # What timm's export writes as the model's arguments, for settings changed after create_model. timm has functions
+        # for it, but in a private module that not every version next to a train.py has.
+        self._model_args = getattr(self, '_model_args', {}) | settings
+        if 'img_size' in settings:
+            self._traits = getattr(self, '_traits', {}) | {'img_size': (settings['img_size'],) * 2}
 
     def _check_subnet(self, subnet: tuple[int, float]) -> Subnet:
         img_size, keep_rate = subnet
@@ -279,7 +285,7 @@ class SuperVisionTransformer(VisionTransformer):
             pos_embeds.append(old if resampled.shape == old.shape else nn.Parameter(resampled, requires_grad))
         super().set_input_size(img_size=(img_sizes[-1],) * 2, patch_size=(new_patch,) * 2)
         self.img_sizes = img_sizes
-        update_model_args(self, img_sizes=img_sizes)
+        self._record_for_export(img_sizes=img_sizes)
         self.pos_embed_list.replace(pos_embeds)
         self.subnet = Subnet(new_size, self.subnet.keep_rate)
 
