@@ -222,8 +222,8 @@ class SuperVisionTransformer(VisionTransformer):
         return num_patches * self.patch_embed.proj.weight.numel()
 
     def _record_for_export(self, **settings: Any) -> None:
-        # What timm's export writes as the model's arguments, for settings changed after create_model. timm has functions
-        # for it, but in a private module that not every version next to a train.py has.
+        # What timm's export writes as the model's arguments, for settings changed after create_model. timm has
+        # functions for it, but in a private module that not every version next to a train.py has.
         self._model_args = getattr(self, '_model_args', {}) | settings
         if 'img_size' in settings:
             self._traits = getattr(self, '_traits', {}) | {'img_size': (settings['img_size'],) * 2}
@@ -545,9 +545,8 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _deit_cfg(size: str) -> dict[str, Any]:
-    return _cfg(
-        hf_hub_id=f'timm/deit_{size}_patch16_224.fb_in1k',
-        description='Plain DeiT weights, a start for super-training; they are not SuperViT-trained.')
+    # Plain DeiT weights, a start for super-training; they are not SuperViT-trained.
+    return _cfg(hf_hub_id=f'timm/deit_{size}_patch16_224.fb_in1k')
 
 
 default_cfgs = generate_default_cfgs({
