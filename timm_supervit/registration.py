@@ -38,8 +38,11 @@ def _register_models(models: ModuleType) -> None:
         _warn(error)
 
 
-def _extend_tasks(tasks: ModuleType) -> None:
-    """Let ``ClassificationTask(model, ...)`` create a ``SuperViTTask`` where the model is a SuperViT."""
+def _extend_tasks(tasks: Any) -> None:
+    """Let ``ClassificationTask(model, ...)`` create a ``SuperViTTask`` where the model is a SuperViT.
+
+    And let resuming such a task from a file that cannot be read say which file it is.
+    """
 
     def new(cls: type, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if cls is tasks.ClassificationTask and model is not None:
@@ -49,6 +52,23 @@ def _extend_tasks(tasks: ModuleType) -> None:
         return object.__new__(cls)
 
     tasks.ClassificationTask.__new__ = staticmethod(new)
+
+    resume_task_checkpoint = tasks.resume_task_checkpoint
+
+    @functools.wraps(resume_task_checkpoint)
+    def resume(task: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        from .task import SuperViTTask
+
+        try:
+            return resume_task_checkpoint(task, checkpoint_path, *args, **kwargs)
+        except Exception as error:
+            if not isinstance(task, SuperViTTask) or isinstance(error, FileNotFoundError):
+                raise
+            raise RuntimeError(
+                f'cannot resume from {checkpoint_path}: {error} '
+                f'If the file was cut short, resume from the checkpoint before it.') from error
+
+    tasks.resume_task_checkpoint = resume
 
 
 class _WarnWhenTimmIsImported:

@@ -5,11 +5,15 @@ labels, networks that drop some learn from the network of their own size that ke
 update follow, both done by the training script.
 """
 import logging
+import math
+import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -29,12 +33,12 @@ class SubnetLoss(NamedTuple):
     Attributes:
         subnet: The subnet.
         role: ``label``, it learned from the labels, or ``distill``, from its size's network that keeps all tokens.
-        loss: Its loss, detached, a scalar.
+        loss: Its loss.
     """
 
     subnet: Subnet
     role: str
-    loss: Tensor
+    loss: float
 
 
 def is_supervit(model: nn.Module) -> bool:
@@ -65,7 +69,8 @@ class SuperViTTask(ClassificationTask):
     - ``active``: the active subnet learns from the labels, as any timm model.
 
     The draws come from a generator of the task's own, seeded from torch's seed. It is the same on every rank and part
-    of the checkpoint. Evaluation, EMA and checkpoints see the plain model.
+    of the checkpoint. Evaluation, EMA and checkpoints see the plain model. Whenever timm's script logs its training
+    loss, the task logs each subnet's mean loss since the last time, so that one that diverges shows.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -77,12 +82,18 @@ class SuperViTTask(ClassificationTask):
             **kwargs: As for ``ClassificationTask``.
         """
         super().__init__(model, *args, **kwargs)
-        self.model: SuperVisionTransformer = unwrap_model(model)
+        self.recent_losses: dict[tuple[str, Subnet], list[float]] = defaultdict(list)
         self.generator = torch.Generator().manual_seed(torch.initial_seed())
         if self.verbose:
             _logger.info(
                 f'Super-training img_sizes {self.model.img_sizes} x keep_rates {self.model.keep_rates}, '
                 f'train_subnets={self.model.train_subnets}')
+            _follow_training_log(self)
+
+    @property
+    def model(self) -> SuperVisionTransformer:
+        """The plain model, without the wrappers of distributed training."""
+        return unwrap_model(self.trainable_module)
 
     def sample_subnets(self) -> list[Subnet]:
         """Draw the subnets of one step, each size's network that keeps all tokens before those that learn from it."""
@@ -131,22 +142,57 @@ class SuperViTTask(ClassificationTask):
                 roles.append('label')
                 losses.append(self.criterion(logits, target))
                 teachers[subnet.img_size] = logits
-        values = torch.stack(losses)
-        result = [
-            SubnetLoss(subnet, role, value)
-            for subnet, role, value in zip(subnets, roles, values.detach(), strict=True)
-        ]
-        if not values.isfinite().all():
-            faulty = ', '.join(f'{s.subnet} ({s.role}): {s.loss.item()}' for s in result if not s.loss.isfinite())
+        loss = torch.stack(losses)
+        subnet_losses = [SubnetLoss(*row) for row in zip(subnets, roles, loss.detach().tolist(), strict=True)]
+        faulty = ', '.join(f'{s.subnet} ({s.role}): {s.loss}' for s in subnet_losses if not math.isfinite(s.loss))
+        if faulty:
             raise FloatingPointError(
                 f'loss is not finite for {faulty}; lower the learning rate, clip gradients or train in bfloat16, '
                 f'and resume from the last checkpoint')
-        return {'loss': values.sum(), 'output': outputs[0], 'subnet_losses': result}
+        for s in subnet_losses:
+            self.recent_losses[s.role, s.subnet].append(s.loss)
+        return {'loss': loss.sum(), 'output': outputs[0], 'subnet_losses': subnet_losses}
 
     def _forward_subnets(self, *args: Any) -> list[Tensor]:
         if isinstance(self.trainable_module, DistributedDataParallel):
             return self.trainable_module(*args)
         return self.model.forward_subnets(*args)
+
+    def log_recent_losses(self) -> None:
+        """Log the mean loss of each role and subnet since the last call, by standard logging."""
+        parts = []
+        for role in ('label', 'distill'):
+            means = {s: math.fsum(x) / len(x) for (r, s), x in sorted(self.recent_losses.items()) if r == role}
+            if means:
+                subnets = ', '.join(f'{s.img_size}@{s.keep_rate:g} {mean:#.3g}' for s, mean in means.items())
+                values = [x for (r, _), losses in self.recent_losses.items() if r == role for x in losses]
+                parts.append(f'{role} {math.fsum(values) / len(values):#.3g} ({subnets})')
+        self.recent_losses.clear()
+        if parts:
+            _logger.info(f'Subnets: {", ".join(parts)}')
+
+    def compile(  # type: ignore[override]
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
+        """Compile the blocks in place, each for any number of tokens, so that no subnet compiles anew.
+
+        Stochastic depth stays outside, since its rate, a constant in a compiled graph, differs in every block: the
+        blocks share their graphs then.
+
+        Args:
+            backend: As for ``torch.compile``.
+            mode: As for ``torch.compile``.
+            **compile_kwargs: Further arguments of ``torch.compile``.
+        """
+        for module in self.model.modules():
+            if isinstance(module, DropPath):
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        for block in self.model.blocks:
+            block.compile(backend=backend, mode=mode, **{'dynamic': True, **compile_kwargs})
+        return self.trainable_module
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'SuperViTTask':
         """Wrap the model in DistributedDataParallel, one gradient synchronization for all subnets of a step.
@@ -181,6 +227,19 @@ class SuperViTTask(ClassificationTask):
         """Go on drawing subnets where the checkpoint stopped; one without this state leaves the generator alone."""
         if state and not ema:
             self.generator.set_state(state['subnet_generator'])
+
+
+def _follow_training_log(task: SuperViTTask) -> None:
+    """Let a task log its losses whenever timm's train.py logs its own: the interval is known to the script alone."""
+    reference = weakref.ref(task)
+
+    def follow(record: logging.LogRecord) -> bool:
+        task = reference()
+        if task is not None and record.getMessage().startswith('Train:'):
+            task.log_recent_losses()
+        return True
+
+    logging.getLogger('train').addFilter(follow)
 
 
 class _ForwardSubnets(nn.Module):

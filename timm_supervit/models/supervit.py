@@ -405,23 +405,22 @@ class SuperVisionTransformer(VisionTransformer):
 
         Yields:
             After each block, the kept tokens [B, T, D], the last values of all tokens, the dropped ones included
-            [B, T0, D], and the kept patches' places in the grid, row-major [B, T - num_prefix_tokens].
+            [B, T0, D], and the places among them that the kept tokens come from [B, T].
         """
-        num_prefix, num_patches = self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens
         dense = x
-        patches = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         blocks: Any = self.blocks
         for block, num_keep in zip(blocks, schedule, strict=True):
             if num_keep is None:
                 x = self._run(block, x, **masks)
             else:
                 x, scores = self._run(block.attend, x)
-                dense = _fill_in(dense, x, patches, num_prefix)  # what this block drops keeps the value it has here
-                x, kept = block.keep(x, scores, num_keep)
-                patches = patches.gather(1, kept)
+                dense = _fill_in(dense, x, places)  # what this block drops keeps the value it has here
+                x, index = block.keep(x, scores, num_keep)
+                places = places.gather(1, index)
                 x = self._run(block.feed_forward, x)
-            dense = _fill_in(dense, x, patches, num_prefix)
-            yield x, dense, patches
+            dense = _fill_in(dense, x, places)
+            yield x, dense, places
 
     def forward_intermediates(
             self,
@@ -503,13 +502,13 @@ class SuperVisionTransformer(VisionTransformer):
             keep_rate: Keep rate of the subnet (default: the active one).
 
         Returns:
-            For each dropping block, the places of the kept patches in the subnet's grid, row-major and in no
-            particular order [B, K].
+            For each dropping block, the places of the kept patches in the subnet's grid, row-major, best first [B, K].
         """
         subnet = self._choose_subnet(img_size, keep_rate)
         schedule = self._schedule(subnet)
         steps = self._trace_blocks(self.embed(x, subnet.img_size), schedule, {})
-        return {i: patches for i, (_, _, patches) in enumerate(steps) if schedule[i] is not None}
+        num_prefix = self.num_prefix_tokens
+        return {i: p[:, num_prefix:] - num_prefix for i, (_, _, p) in enumerate(steps) if schedule[i] is not None}
 
 
 def _mask_arguments(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
@@ -524,13 +523,9 @@ def _check_masks(masks: dict[str, Any], subnet: Subnet, schedule: Schedule) -> N
         raise ValueError(f'{subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
 
 
-def _fill_in(dense: Tensor, x: Tensor, patches: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Write tokens [B, T, D] over the places in the dense tokens [B, T0, D] that they came from."""
-    if x.shape == dense.shape:
-        return x
-    prefix = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
-    index = torch.cat([prefix, patches + num_prefix_tokens], dim=1).unsqueeze(-1).expand_as(x)
-    return dense.scatter(1, index, x)
+def _fill_in(dense: Tensor, x: Tensor, places: Tensor) -> Tensor:
+    """Write tokens [B, T, D] over the places [B, T] among the dense tokens [B, T0, D] that they come from."""
+    return x if x.shape == dense.shape else dense.scatter(1, places.unsqueeze(-1).expand_as(x), x)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Measures the speed of the network side by side with slower and with idealized forms of itself.
+
+    python tests/benchmark.py subnets    each subnet, against the reference and against keeping the first tokens
+    python tests/benchmark.py step       a training step, against four separate passes; its peak memory too
+
+All contestants take turns in one process, so that drift of the machine hits all alike. Ratios are medians over the
+rounds of the ratio within a round; in brackets, their quartiles. Options: --help.
+"""
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from reference import ReferenceSuperViT, soft_cross_entropy, training_step
+
+from timm_supervit import Subnet, SuperVisionTransformer, SuperViTTask
+from timm_supervit.models.token_keeping import TokenKeepingBlock
+
+
+class KeepFirstBlock(TokenKeepingBlock):
+    """Drops as many tokens as the block of the package, without looking which: what dropping costs at least."""
+
+    def attend(self, x):
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x)))), x
+
+    def keep(self, x, scores, num_keep):
+        return x[:, :self.num_prefix_tokens + num_keep], scores
+
+
+def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Time all contestants in each round; return seconds by name."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(rounds + 2):
+        for name, run in contestants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if i >= 2:  # two rounds of warm-up
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def synchronize(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def ratio(times: dict[str, list[float]], name: str, base: str) -> tuple[float, str]:
+    ratios = [a / b for a, b in zip(times[name], times[base], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return median, f'{median:.3f} [{low:.3f}, {high:.3f}]'
+
+
+def networks(args: argparse.Namespace) -> tuple[SuperVisionTransformer, SuperVisionTransformer, ReferenceSuperViT]:
+    torch.manual_seed(0)
+    model = timm.create_model(args.model, num_classes=1000)
+    reference = ReferenceSuperViT(embed_dim=model.embed_dim, num_heads=model.blocks[0].attn.num_heads)
+    reference.load_state_dict(model.state_dict())
+    keep_first = SuperVisionTransformer(
+        embed_dim=model.embed_dim, num_heads=model.blocks[0].attn.num_heads, block_fn=KeepFirstBlock)
+    keep_first.load_state_dict(model.state_dict())
+    return tuple(m.to(args.device) for m in (model, keep_first, reference))
+
+
+def measure_subnets(args: argparse.Namespace) -> None:
+    model, keep_first, reference = (m.eval() for m in networks(args))
+    x = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+    to_reference, to_keep_first = [], []
+    print('subnet        ms   / reference             / keeping the first tokens')
+    for size, rate in model.subnets:
+        def run(network, size=size, rate=rate):
+            with torch.inference_mode(), autocast(args):
+                return network(x, img_size=size, keep_rate=rate)
+
+        times = interleave({
+            'ours': lambda: run(model), 'reference': lambda: run(reference), 'first': lambda: run(keep_first),
+        }, args.rounds, args.device)
+        r, reference_text = ratio(times, 'ours', 'reference')
+        f, first_text = ratio(times, 'ours', 'first')
+        to_reference.append(r)
+        to_keep_first.append(f)
+        milliseconds = 1000 * statistics.median(times['ours'])
+        print(f'{size} @ {rate:<4g} {milliseconds:7.1f}   {reference_text}   {first_text}', flush=True)
+    means = [statistics.geometric_mean(ratios) for ratios in (to_reference, to_keep_first)]
+    print(f'geometric mean {means[0]:14.3f}{means[1]:24.3f}')
+
+
+def measure_step(args: argparse.Namespace) -> None:
+    model, _, reference = (m.train() for m in networks(args))
+    criterion = soft_cross_entropy
+    x = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+    target = torch.rand(args.batch_size, 1000, device=args.device).softmax(dim=1)
+    subnets: list = []
+    tasks = {}
+    contestants: dict[str, Callable[[], object]] = {}
+
+    def step(task):
+        task.model.zero_grad(set_to_none=False)
+        task.sample_subnets = lambda: subnets
+        with autocast(args):
+            loss = task(x, target)['loss']
+        loss.backward()
+
+    def separate(network):
+        network.zero_grad(set_to_none=False)
+        with autocast(args):
+            training_step(network, x, target, subnets)
+
+    for name, checkpointing in (('ours', False), ('ours, checkpointing', True)):
+        copy = timm.create_model(args.model, num_classes=1000).to(args.device).train()
+        copy.set_grad_checkpointing(checkpointing)
+        tasks[name] = SuperViTTask(copy, criterion, verbose=False)
+        if args.compile:
+            tasks[name].compile()
+        contestants[name] = lambda task=tasks[name]: step(task)
+    contestants['four passes of ours'] = lambda: separate(model)
+    contestants['four passes of the reference'] = lambda: separate(reference)
+    if args.compile:
+        SuperViTTask(model, criterion, verbose=False).compile()
+
+    # Every smaller size and rate comes up equally often, as in training.
+    draws = [
+        [Subnet(224, 1.), Subnet(224, rate), Subnet(size, 1.), Subnet(size, other)]
+        for size in (128, 160, 192) for rate, other in ((.5, .7), (.7, .5))
+    ]
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for subnets[:] in draws:
+        for name, seconds in interleave(contestants, args.rounds, args.device).items():
+            times[name] += seconds
+    print(f'{"":30}  ms per step   ours / it              peak memory')
+    for name, run in contestants.items():
+        _, text = ratio(times, 'ours', name)
+        subnets[:] = draws[-1]
+        print(f'{name:30} {1000 * statistics.median(times[name]):9.1f}     {text}   {peak_memory(run, args.device)}')
+
+
+def peak_memory(run: Callable[[], object], device: str) -> str:
+    """Run once and return the most memory that tensors took beyond what was there before, as text."""
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return f'{(torch.cuda.max_memory_allocated() - before) / 2 ** 20:.0f} MiB'
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    allocated = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return f'{peak / 2 ** 20:.0f} MiB'
+
+
+def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    return torch.autocast(args.device, torch.bfloat16) if args.amp else contextlib.nullcontext()
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('measurement', choices=('subnets', 'step'))
+    parser.add_argument('--model', default='supervit_small')
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--rounds', type=int, default=10)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    parser.add_argument('--compile', action='store_true', help='torch.compile the blocks (step only)')
+    arguments = parser.parse_args()
+    {'subnets': measure_subnets, 'step': measure_step}[arguments.measurement](arguments)
