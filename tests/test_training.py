@@ -1,0 +1,174 @@
+"""Runs of several processes, killed runs and compiled runs reach what one undisturbed run reaches."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.task import ClassificationTask, resume_task_checkpoint
+
+from timm_supervit.tools.recipes import read_recipe, recipe_names
+
+SCRIPT = Path(__file__).with_name('training_script.py')
+TIMM_SCRIPTS = os.environ.get('TIMM_SCRIPTS')
+
+
+def start(folder: Path, *options: object) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder), *map(str, options)], stderr=subprocess.PIPE, text=True)
+
+
+def run(folder: Path, *options: object) -> None:
+    process = start(folder, *options)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def steps(folder: Path, rank: int = 0) -> list[dict]:
+    return [json.loads(line) for line in (folder / f'steps.{rank}.jsonl').read_text().splitlines()]
+
+
+def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f'weights.{rank}.pt', weights_only=True)
+
+
+def test_a_killed_and_resumed_run_equals_one_that_was_never_interrupted(tmp_path):
+    options = ('--drop-path', 0.2)
+    run(tmp_path / 'whole', *options)
+    killed = start(tmp_path / 'killed', '--kill-in', 1, *options)
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+    done = steps(tmp_path / 'killed')
+    (tmp_path / 'killed' / 'steps.0.jsonl').unlink()
+    run(tmp_path / 'killed', '--resume', tmp_path / 'killed' / 'last.pth.tar', *options)
+
+    whole = steps(tmp_path / 'whole')
+    assert done == whole[:len(done)]
+    assert steps(tmp_path / 'killed') == [row for row in whole if row['epoch'] >= 1]
+    for name, value in weights(tmp_path / 'whole').items():
+        assert torch.equal(value, weights(tmp_path / 'killed')[name]), name
+
+
+def test_two_ranks_draw_the_same_subnets_and_equal_one_process_with_both_batches(tmp_path):
+    options = ('--optimizer', 'momentum', '--epochs', 2)
+    run(tmp_path / 'one', *options)
+    ranks = [start(tmp_path / 'two', '--rank', rank, '--world-size', 2, *options) for rank in range(2)]
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+    first, second = steps(tmp_path / 'two', 0), steps(tmp_path / 'two', 1)
+    assert [[s[:2] for s in row['losses']] for row in first] == [[s[:2] for s in row['losses']] for row in second]
+    for name, value in weights(tmp_path / 'two', 0).items():
+        assert torch.equal(value, weights(tmp_path / 'two', 1)[name]), name
+        # float64; the mean of two halves is rounded otherwise than the mean of the whole
+        torch.testing.assert_close(value, weights(tmp_path / 'one')[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_a_rank_that_dies_ends_the_other_with_an_error(tmp_path):
+    ranks = [start(tmp_path / 'two', '--rank', 0, '--world-size', 2)]
+    ranks.append(start(tmp_path / 'two', '--rank', 1, '--world-size', 2, '--kill-in', 1))
+    began = time.monotonic()
+    _, errors = ranks[0].communicate(timeout=120)
+    ranks[1].communicate(timeout=10)
+    assert ranks[0].returncode not in (0, -signal.SIGKILL)
+    assert 'Error' in errors
+    assert time.monotonic() - began < 100  # start-up included; the store's timeout is 20 s
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused_by_name_and_the_one_before_resumes(tmp_path):
+    run(tmp_path / 'run', '--epochs', 2)
+    last, previous = tmp_path / 'run' / 'last.pth.tar', tmp_path / 'run' / 'checkpoint-0.pth.tar'
+    content = last.read_bytes()
+    last.unlink()  # it is a hard link of checkpoint-1
+    last.write_bytes(content[:len(content) // 2])
+    model = timm.create_model(
+        'supervit_tiny', embed_dim=24, depth=4, num_heads=2, img_sizes=(32, 48, 64), drop_layers=(1, 2), num_classes=3)
+    task = ClassificationTask(model, verbose=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r'last\.pth\.tar.*the checkpoint before it'):
+        resume_task_checkpoint(task, str(last), log_info=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert resume_task_checkpoint(task, str(previous), log_info=False) == 1
+
+
+@pytest.mark.parametrize('drop_path_rate', [0., 0.1])
+def test_compiled_blocks_are_compiled_in_the_first_pass_over_the_subnets_and_never_again(drop_path_rate):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def create():
+        torch.manual_seed(0)
+        return timm.create_model(
+            'supervit_tiny', embed_dim=24, num_heads=2, num_classes=3, drop_path_rate=drop_path_rate)
+
+    model, plain = create(), create()
+    task = ClassificationTask(model, verbose=False)
+    task.compile(backend=count)
+    x = torch.randn(2, 3, 224, 224)
+    rates = [(a, b) for a in (.5, .7) for b in (.5, .7)]
+    draws = [[(224, 1.), (224, a), (size, 1.), (size, b)] for size in (128, 160, 192) for a, b in rates]
+    passes = []
+    for _ in range(2):
+        for subnets in draws:
+            sum(logits.sum() for logits in model.forward_subnets(x, subnets)).backward()
+        passes.append(len(graphs))
+    assert passes[0] == passes[1] > 0
+    # The blocks share their graphs: with a few of them for each block, dynamo's limit of 8 would turn compilation off.
+    assert passes[0] < 12
+    with torch.no_grad():
+        for subnet in model.subnets:
+            expected = plain.eval()(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
+            actual = model.eval()(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, another order of operations
+
+
+@pytest.mark.parametrize('name', recipe_names())
+def test_a_recipe_names_a_registered_model_and_settings_that_train_py_knows(name):
+    recipe = yaml.safe_load(read_recipe(name))
+    assert timm.is_model(recipe['model'])
+    if not TIMM_SCRIPTS:
+        pytest.skip('TIMM_SCRIPTS does not name the folder of train.py')
+    code = 'import sys, train; print(*vars(train.parser.parse_args([])))'
+    known = subprocess.run(
+        [sys.executable, '-c', code], cwd=TIMM_SCRIPTS, capture_output=True, text=True, check=True).stdout.split()
+    assert not recipe.keys() - set(known)
+
+
+@pytest.mark.skipif(not TIMM_SCRIPTS, reason='TIMM_SCRIPTS does not name the folder of train.py')
+def test_train_py_super_trains_under_torchrun_and_validate_py_reads_the_result_at_any_subnet(tmp_path):
+    from PIL import Image
+
+    for split in ('train', 'validation'):
+        for label, colour in enumerate(('red', 'green', 'blue')):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new('RGB', (24, 24), colour).save(folder / f'{i}.png')
+    common = ['--model', 'supervit_digits', '--num-classes', '3', '--data-dir', str(tmp_path), '--device', 'cpu',
+              '--workers', '0']
+    train = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         str(Path(TIMM_SCRIPTS, 'train.py')), *common, '--train-split', 'train', '--val-split', 'validation', '-b', '4',
+         '--epochs', '1', '--opt', 'adamw', '--grad-accum-steps', '2', '--clip-grad', '1', '--model-ema', '--drop-path',
+         '0.1', '--output', str(tmp_path), '--experiment', 'run'],
+        capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert train.returncode == 0, train.stderr[-2000:]
+    assert 'Super-training img_sizes (12, 16, 20, 24)' in train.stderr
+    assert 'Subnets: label' in train.stderr
+    validate = subprocess.run(
+        [sys.executable, str(Path(TIMM_SCRIPTS, 'validate.py')), *common, '--split', 'validation', '--checkpoint',
+         str(tmp_path / 'run' / 'last.pth.tar'), '--img-size', '24', '--model-kwargs', 'img_size=16', 'keep_rate=0.5'],
+        capture_output=True, text=True, timeout=120)
+    assert validate.returncode == 0, validate.stderr[-2000:]
+    assert '"top1"' in validate.stdout
