@@ -6,7 +6,7 @@ Official code: https://github.com/lmbxmu/SuperViT
 The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
 tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..subnets import (
     transformer_macs,
 )
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock
-from .weights import adapt_state_dict
+from .weights import adapt_state_dict, check_state_dict
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
@@ -240,6 +240,12 @@ class SuperVisionTransformer(VisionTransformer):
     def _schedule(self, subnet: Subnet) -> Schedule:
         num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
         return keep_schedule(num_patches, subnet.keep_rate, self.drop_layers, len(self.blocks))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as any module does, but all of them or, with an error, none; see ``models/weights.py``."""
+        if strict:
+            check_state_dict(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
