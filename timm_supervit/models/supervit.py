@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, register_notrace_function, resample_abs_pos_embed, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size  # what timm's own models record settings with
 from timm.models.vision_transformer import VisionTransformer
@@ -571,13 +572,21 @@ def create_supervit(
         largest = check_img_sizes(kwargs['img_sizes'], check_img_size(kwargs['patch_size']))[-1]
         # timm's default for img_size is the input size of the variant, which need not be in another grid.
         kwargs.setdefault('img_size', largest)
-    model: Any = build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    try:
+        model: Any = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
+    except (EOFError, RuntimeError, SafetensorError) as error:
+        if not pretrained:
+            raise
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        raise RuntimeError(
+            f'Could not load weights from {cfg.file or cfg.hf_hub_id or cfg.url}: {str(error) or "nothing in it"}. '
+            f'If the file is truncated or corrupt, download or save it again.') from error
     if largest:
         # What a loader should deliver: the largest size, from which the others are resized inside.
         model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], largest, largest)
