@@ -41,17 +41,18 @@ class ReferenceBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ReferenceMlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: torch.Tensor, keep_rate: float, by_score: bool = True) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keep_rate: float, by_score: bool = True, first: int = 1) -> torch.Tensor:
+        """``first`` is the place of the first patch token; all tokens before it are kept."""
         y, attention = self.attn(self.norm1(x))
         x = x + y
         if keep_rate < 1:
-            count = math.ceil(keep_rate * x.shape[1])
+            count = math.ceil(keep_rate * (x.shape[1] - first + 1))
             if by_score:
-                order = attention.mean(dim=1)[:, 0, 1:].sort(dim=1, descending=True).indices[:, :count]
-                patches = torch.stack([tokens[1:][chosen] for tokens, chosen in zip(x, order, strict=True)])
+                order = attention.mean(dim=1)[:, 0, first:].sort(dim=1, descending=True).indices[:, :count]
+                patches = torch.stack([tokens[first:][chosen] for tokens, chosen in zip(x, order, strict=True)])
             else:
-                patches = x[:, 1:1 + count]
-            x = torch.cat([x[:, :1], patches], dim=1)
+                patches = x[:, first:first + count]
+            x = torch.cat([x[:, :first], patches], dim=1)
         return x + self.mlp(self.norm2(x))
 
 
@@ -66,13 +67,15 @@ class ReferenceSuperViT(nn.Module):
             num_heads: int = 6,
             mlp_ratio: float = 4.,
             num_classes: int = 1000,
+            reg_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.img_sizes, self.drop_layers = img_sizes, drop_layers
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, embed_dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed_list = nn.ParameterList(
-            torch.zeros(1, (size // patch_size) ** 2 + 1, embed_dim) for size in img_sizes)
+            torch.zeros(1, (size // patch_size) ** 2 + 1 + reg_tokens, embed_dim) for size in img_sizes)
         self.blocks = nn.ModuleList(ReferenceBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
@@ -81,10 +84,11 @@ class ReferenceSuperViT(nn.Module):
         if x.shape[-1] != img_size:
             x = F.interpolate(x, (img_size, img_size), mode='bilinear', align_corners=True)
         x = self.patch_embed['proj'](x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)
+        prefix = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
+        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         x = x + self.pos_embed_list[self.img_sizes.index(img_size)]
         for i, block in enumerate(self.blocks):
-            x = block(x, keep_rate if i in self.drop_layers else 1.)
+            x = block(x, keep_rate if i in self.drop_layers else 1., first=prefix.shape[1])
         return self.head(self.norm(x)[:, 0])
 
 

@@ -45,10 +45,14 @@ def _extend_tasks(tasks: Any) -> None:
     """
 
     def new(cls: type, model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if cls is tasks.ClassificationTask and model is not None:
-            from .task import SuperViTTask, is_supervit
+        # Where the models are not loaded, there is no SuperViT; and what fails here must not stop other models' tasks.
+        if cls is tasks.ClassificationTask and model is not None and f'{__package__}.models.supervit' in sys.modules:
+            try:
+                from .task import SuperViTTask, is_supervit
 
-            cls = SuperViTTask if is_supervit(model) else cls
+                cls = SuperViTTask if is_supervit(model) else cls
+            except Exception as error:
+                _warn(error)
         return object.__new__(cls)
 
     tasks.ClassificationTask.__new__ = staticmethod(new)

@@ -6,15 +6,16 @@ Official code: https://github.com/lmbxmu/SuperViT
 The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
 tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, register_notrace_function, resample_abs_pos_embed, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from ..subnets import (
     transformer_macs,
 )
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock
-from .weights import adapt_state_dict
+from .weights import adapt_state_dict, check_state_dict
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
@@ -246,6 +247,12 @@ class SuperVisionTransformer(VisionTransformer):
     def _schedule(self, subnet: Subnet) -> Schedule:
         num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
         return keep_schedule(num_patches, subnet.keep_rate, self.drop_layers, len(self.blocks))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as any module does, but all of them or, with an error, none; see ``models/weights.py``."""
+        if strict:
+            check_state_dict(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -565,13 +572,21 @@ def create_supervit(
         largest = check_img_sizes(kwargs['img_sizes'], check_img_size(kwargs['patch_size']))[-1]
         # timm's default for img_size is the input size of the variant, which need not be in another grid.
         kwargs.setdefault('img_size', largest)
-    model: Any = build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    try:
+        model: Any = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
+    except (EOFError, RuntimeError, SafetensorError) as error:
+        if not pretrained:
+            raise
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        raise RuntimeError(
+            f'Could not load weights from {cfg.file or cfg.hf_hub_id or cfg.url}: {str(error) or "nothing in it"}. '
+            f'If the file is truncated or corrupt, download or save it again.') from error
     if largest:
         # What a loader should deliver: the largest size, from which the others are resized inside.
         model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], largest, largest)

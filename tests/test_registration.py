@@ -1,0 +1,264 @@
+"""timm knows the models after installation, whatever is imported first, and nothing here can break torch or timm.
+
+Each test runs code in a fresh process, since what a process has imported can't be taken back.
+"""
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import timm_supervit
+
+MODELS = ['supervit_base', 'supervit_digits', 'supervit_small', 'supervit_tiny']
+SUBMODULES = sorted(
+    module.name for module in pkgutil.walk_packages(timm_supervit.__path__, 'timm_supervit.')
+    if not module.name.endswith('__main__'))
+
+# Runs each statement of a JSON list in a fork of a process that has torch loaded but neither timm nor this package:
+# as good as a fresh process for what is tested here, and much faster.
+IN_FORKS = '''
+import json, os, sys, traceback
+import torch, torchvision
+assert not any(name.startswith(('timm', 'wrapt')) for name in sys.modules)
+results = {}
+for statement in json.loads(sys.argv[1]):
+    read, write = os.pipe()
+    if not os.fork():
+        try:
+            exec(statement)
+            import timm
+            model = timm.create_model('supervit_digits')
+            listed = timm.list_models('supervit*')
+            answer = [type(model).__name__, len(listed), len(set(listed))]
+        except BaseException:
+            answer = traceback.format_exc()
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        results[statement] = json.load(pipe)
+print(json.dumps(results))
+'''
+
+
+def run_python(code: str, *args: str, flags: tuple[str, ...] = (), **environment: str) -> Any:
+    """Run code in a fresh process outside the checkout; return the JSON that it prints and what stands on stderr."""
+    result = subprocess.run(
+        [sys.executable, *flags, '-c', code, *args],
+        capture_output=True, text=True, check=False, cwd='/', env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), result.stderr
+
+
+def test_timm_knows_the_models_without_an_import_of_this_package() -> None:
+    (listed, pretrained, created), errors = run_python(
+        'import json, timm\n'
+        'm = timm.create_model("supervit_tiny", depth=4, drop_layers=(1, 2))\n'
+        'print(json.dumps([timm.list_models("supervit*"), timm.list_pretrained("supervit*"), type(m).__name__]))',
+        flags=('-W', 'error'))
+    assert set(MODELS) <= set(listed)
+    assert len(listed) == len(set(listed))
+    assert {'supervit_tiny.deit_in1k', 'supervit_small.deit_in1k', 'supervit_base.deit_in1k'} <= set(pretrained)
+    assert created == 'SuperVisionTransformer'
+    assert errors == ''
+
+
+def test_importing_torch_alone_imports_no_timm_and_says_nothing() -> None:
+    loaded, errors = run_python(
+        'import torch, json, sys\n'
+        'print(json.dumps([n for n in sys.modules if n.split(".")[0] in ("timm", "torchvision")]))',
+        flags=('-W', 'error'))
+    assert loaded == []
+    assert errors == ''
+
+
+def test_autoload_is_the_only_thing_switched_off_by_its_variable() -> None:
+    listed, _ = run_python(
+        'import json, timm\n'
+        'before = timm.list_models("supervit*")\n'
+        'import timm_supervit\n'
+        'after = timm.list_models("supervit*")\n'
+        'print(json.dumps([before, after]))',
+        TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert listed[0] == []
+    assert set(MODELS) <= set(listed[1])
+
+
+def test_importing_the_package_imports_neither_torch_nor_timm_nor_torchvision() -> None:
+    loaded, _ = run_python(
+        'import timm_supervit, json, sys\n'
+        'names = dir(timm_supervit)\n'
+        'print(json.dumps([n for n in sys.modules if n.split(".")[0] in ("torch", "timm", "torchvision")]))')
+    assert loaded == []
+
+
+def test_public_names_are_resolved_on_first_use() -> None:
+    from timm_supervit import Subnet, SuperVisionTransformer, SuperViTTask
+
+    assert {'Subnet', 'SuperViTTask', 'SuperVisionTransformer'} <= set(timm_supervit.__all__)
+    assert set(timm_supervit.__all__) <= set(dir(timm_supervit))
+    assert [o.__name__ for o in (Subnet, SuperVisionTransformer, SuperViTTask)] == [
+        'Subnet', 'SuperVisionTransformer', 'SuperViTTask']
+    with pytest.raises(AttributeError, match='Subnets'):
+        _ = timm_supervit.Subnets
+
+
+ORDERS = {
+    **{f'{name} first': f'import {name}' for name in SUBMODULES},
+    'the package before timm': 'import timm_supervit',
+    'the package after timm': 'import timm, timm_supervit',
+    'the package after timm.models': 'import timm.models; import timm_supervit',
+    'the package after timm.task': 'import timm.task, timm_supervit',
+    'a public name before timm': 'from timm_supervit import SuperVisionTransformer',
+    'the task before timm': 'from timm_supervit import SuperViTTask',
+    'the package twice': 'import timm_supervit, importlib; importlib.reload(timm_supervit)',
+    'the package twice, timm between':
+        'import timm_supervit, importlib, timm, timm_supervit.registration as r; importlib.reload(timm_supervit); '
+        'r.install_hooks(); import warnings; warnings.simplefilter("error"); importlib.reload(timm_supervit)',
+    'the hooks installed by torch and then the package':
+        'torch._import_device_backends(); import timm_supervit',
+    'a submodule of timm first': 'import timm.models.vision_transformer, timm_supervit',
+}
+
+
+@pytest.fixture(scope='module')
+def import_results() -> dict[str, Any]:
+    results, _ = run_python(
+        IN_FORKS, json.dumps([*ORDERS.values()]), flags=('-W', 'error'), TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    return results
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_any_order_of_imports_registers_each_model_once(order: str, import_results: dict[str, Any]) -> None:
+    result = import_results[ORDERS[order]]
+    assert isinstance(result, list), result
+    name, listed, distinct = result
+    assert name == 'SuperVisionTransformer'
+    assert listed == distinct >= len(MODELS)
+
+
+WORKER = '''
+import json, sys
+import torch
+import torch.multiprocessing as mp
+
+
+class Data(torch.utils.data.Dataset):
+    """Each worker process creates a network of its own."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        import timm
+        return timm.create_model('supervit_digits', num_classes=7)(torch.zeros(1, 3, 24, 24))[0].detach()
+
+
+def run(model, queue):
+    queue.put(model(torch.zeros(1, 3, 24, 24), img_size=12, keep_rate=0.5).tolist())
+
+
+if __name__ == '__main__':
+    import timm_supervit, timm
+    loader = torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=1, multiprocessing_context='spawn')
+    shape = list(next(iter(loader)).shape) if len(sys.argv) == 1 else None
+    model = timm.create_model('supervit_digits').eval()
+    context = mp.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=run, args=(model, queue))
+    process.start()
+    there = queue.get(timeout=120)
+    process.join()
+    here = model(torch.zeros(1, 3, 24, 24), img_size=12, keep_rate=0.5).tolist()
+    print(json.dumps([shape, torch.allclose(torch.tensor(there), torch.tensor(here))]))
+'''
+
+
+@pytest.mark.parametrize('autoload', ['1', '0'])
+def test_spawned_workers_create_models_and_receive_pickled_ones(tmp_path: Path, autoload: str) -> None:
+    script = tmp_path / 'script.py'
+    script.write_text(WORKER)
+    # Without autoload a worker knows the models once something of this package arrives in it, as the pickled one does.
+    arguments = [] if autoload == '1' else ['pickled model only']
+    result = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': autoload})
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [[2, 7] if autoload == '1' else None, True]
+
+
+# What else of timm must go on working while this package is broken.
+USE_TIMM = '''
+import json, sys, warnings
+{breakage}
+with warnings.catch_warnings(record=True) as at_torch:
+    warnings.simplefilter('always')
+    import torch
+with warnings.catch_warnings(record=True) as at_timm:
+    warnings.simplefilter('always')
+    import timm, timm.task
+    model = timm.create_model('test_vit')
+    task = timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    loss = task(torch.zeros(2, 3, 160, 160), torch.tensor([0, 1]))['loss']
+ours = [str(w.message) for w in at_timm if 'timm-supervit' in str(w.message)]
+print(json.dumps([[str(w.message) for w in at_torch], ours, bool(loss.isfinite()), timm.list_models('supervit*')]))
+'''
+
+BREAK_MODULE = '''
+class Break:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            raise {error}
+sys.meta_path.insert(0, Break())
+'''
+
+BREAKAGES = {
+    'wrapt is missing': (
+        BREAK_MODULE.format(name='wrapt', error='ModuleNotFoundError("No module named wrapt")'),
+        'ModuleNotFoundError: No module named wrapt'),
+    'wrapt is broken': (
+        BREAK_MODULE.format(name='wrapt', error='OSError("bad shared object")'),
+        'OSError: bad shared object'),
+    'wrapt is too old': (
+        'import types; sys.modules["wrapt"] = types.ModuleType("wrapt")',
+        "ImportError: cannot import name 'register_post_import_hook'"),
+    'the models are broken': (
+        BREAK_MODULE.format(name='timm_supervit.models', error='RuntimeError("no such operator")'),
+        'RuntimeError: no such operator'),
+    'the metadata is missing': (
+        'import importlib.metadata as m\n'
+        'find = m.distribution\n'
+        'def distribution(name):\n'
+        '    if name == "timm-supervit": raise m.PackageNotFoundError(name)\n'
+        '    return find(name)\n'
+        'm.distribution = distribution',
+        'PackageNotFoundError'),
+}
+
+
+@pytest.mark.parametrize('breakage', BREAKAGES)
+def test_what_is_broken_here_is_one_warning_when_timm_is_used(breakage: str) -> None:
+    code, cause = BREAKAGES[breakage]
+    (at_torch, at_timm, trained, listed), errors = run_python(USE_TIMM.format(breakage=code))
+    assert at_torch == []
+    assert len(at_timm) == 1
+    assert cause in at_timm[0]
+    assert 'pip install' in at_timm[0]
+    assert trained
+    assert listed == []
+    assert errors == ''
+
+
+def test_a_broken_task_is_a_warning_and_leaves_timm_tasks_alone() -> None:
+    code = BREAK_MODULE.format(name='timm_supervit.task', error='RuntimeError("no such loss")')
+    (at_torch, at_timm, trained, listed), _ = run_python(USE_TIMM.format(breakage=code))
+    assert at_torch == []
+    assert len(at_timm) == 1
+    assert 'no such loss' in at_timm[0]
+    assert trained
+    assert set(MODELS) <= set(listed)

@@ -1,0 +1,478 @@
+"""Weights arrive whole by every route that timm has, and what does not fit is refused before anything changes.
+
+Downloads and uploads go through the real ``huggingface_hub`` client, to a server on the loopback.
+"""
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import hub_environment, serve
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import load_checkpoint, save_for_hf
+from torch import Tensor, nn
+
+from timm_supervit import Subnet
+
+EXACT = dict(atol=0, rtol=0)
+ROUNDING = dict(atol=2e-5, rtol=1e-4)  # two ways to compute the same in float32
+
+SETTINGS = dict(img_sizes=(32, 48, 64), drop_layers=(1, 2), embed_dim=48, depth=4, num_heads=3, num_classes=10)
+
+
+def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    weights = model.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], **EXACT)
+
+
+@pytest.fixture
+def create(small_model: Callable[..., Any]) -> Callable[..., Any]:
+    """Build a network of the small settings with weights of its own."""
+
+    def create_model(name: str = 'supervit_tiny', **kwargs: Any) -> Any:
+        return timm.create_model(name, **{**SETTINGS, **kwargs}).eval()
+
+    return create_model
+
+
+@pytest.fixture
+def deit(images: Tensor) -> Any:
+    """A plain DeiT of the small settings, for images of 64 pixels."""
+    model = timm.create_model(
+        'deit_tiny_patch16_224', img_size=64, embed_dim=48, depth=4, num_heads=3, num_classes=10).eval()
+    nn.init.normal_(model.pos_embed)
+    return model
+
+
+# --- every route ---
+
+ROUTES = ('load_state_dict', 'load_checkpoint', 'checkpoint_path', 'pretrained file', 'safetensors')
+
+
+def load_by(route: str, create: Callable[..., Any], weights: dict[str, Tensor], folder: Path, **kwargs: Any) -> Any:
+    """Return a model that took its weights by one of the routes of a timm user."""
+    path = folder / ('weights.safetensors' if route == 'safetensors' else 'weights.pth')
+    save_file(weights, path) if route == 'safetensors' else torch.save(weights, path)
+    if route == 'load_state_dict':
+        model = create(**kwargs)
+        model.load_state_dict(weights)
+        return model
+    if route == 'load_checkpoint':  # validate.py --checkpoint
+        model = create(**kwargs)
+        load_checkpoint(model, str(path))
+        return model
+    if route == 'pretrained file':  # train.py --pretrained --pretrained-path
+        return create(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=10), **kwargs)
+    return create(checkpoint_path=str(path), **kwargs)  # --initial-checkpoint
+
+
+@pytest.mark.parametrize('route', ROUTES)
+def test_it_reads_its_own_weights(create: Any, tmp_path: Path, route: str) -> None:
+    weights = create().state_dict()
+    assert_same_weights(load_by(route, create, weights, tmp_path), weights)
+
+
+@pytest.mark.parametrize('route', ROUTES)
+def test_it_reads_plain_weights_with_positions_resampled_to_each_size(
+        create: Any,
+        deit: Any,
+        images: Tensor,
+        tmp_path: Path,
+        route: str,
+) -> None:
+    weights = deit.state_dict()
+    model = load_by(route, create, weights, tmp_path, img_sizes=(32, 64, 80))
+    for pos_embed, grid_size in zip(model.pos_embed_list, (2, 4, 5), strict=True):
+        expected = resample_abs_pos_embed(deit.pos_embed, new_size=[grid_size] * 2, num_prefix_tokens=1)
+        torch.testing.assert_close(pos_embed, expected)
+    torch.testing.assert_close(model(images, img_size=64), deit(images), **ROUNDING)
+    others = {name: value for name, value in model.state_dict().items() if 'pos_embed' not in name}
+    for name, value in others.items():
+        torch.testing.assert_close(value, weights[name], **EXACT)
+    assert 'pos_embed' in weights  # the caller's weights are left alone
+    assert not any('pos_embed_list' in name for name in weights)
+
+
+@pytest.mark.parametrize('route', ['load_checkpoint', 'checkpoint_path', 'pretrained file'])
+def test_it_reads_official_checkpoints_as_they_are(create: Any, tmp_path: Path, route: str) -> None:
+    raw, averaged = create().state_dict(), create().state_dict()
+    optimizer = torch.optim.AdamW(create().parameters())
+    checkpoint = {
+        'model': raw, 'model_ema': averaged, 'optimizer': optimizer.state_dict(), 'epoch': 299, 'scaler': {},
+        'args': argparse.Namespace(lr=5e-4, output_dir=None, img_size_list=[128, 160, 192, 224]),
+    }
+    assert_same_weights(load_by(route, create, checkpoint, tmp_path), averaged)
+    del checkpoint['model_ema']
+    assert_same_weights(load_by(route, create, checkpoint, tmp_path), raw)
+
+
+def test_it_reads_the_official_numbers_weights_from_a_file(load_golden: Any, tmp_path: Path) -> None:
+    tensors, _ = load_golden('deit')
+    weights = {name.removeprefix('state_dict.'): t for name, t in tensors.items() if name.startswith('state_dict.')}
+    torch.save({'model': weights, 'args': argparse.Namespace()}, tmp_path / 'official.pth')
+    model = timm.create_model(
+        'supervit_tiny', embed_dim=48, num_heads=3, num_classes=10, checkpoint_path=str(tmp_path / 'official.pth'))
+    output = model.eval()(tensors['input'], img_size=160, keep_rate=0.5)
+    torch.testing.assert_close(output.double(), tensors['logits.160.0.5'], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', '_orig_mod.module.'])
+def test_it_reads_weights_of_a_wrapped_model(create: Any, tmp_path: Path, prefix: str) -> None:
+    weights = create().state_dict()
+    torch.save({'state_dict': {prefix + name: value for name, value in weights.items()}}, tmp_path / 'wrapped.pth')
+    assert_same_weights(create(checkpoint_path=str(tmp_path / 'wrapped.pth')), weights)
+
+
+def test_it_reads_weights_inside_another_module(create: Any, deit: Any) -> None:
+    source, wrapper = create(), nn.ModuleDict({'backbone': create()})
+    wrapper.load_state_dict({f'backbone.{name}': value for name, value in source.state_dict().items()})
+    assert_same_weights(wrapper['backbone'], source.state_dict())
+    wrapper.load_state_dict({f'backbone.{name}': value for name, value in deit.state_dict().items()}, strict=False)
+    torch.testing.assert_close(wrapper['backbone'].pos_embed_list[2], deit.pos_embed)
+
+
+def test_weights_can_be_assigned_in_place_of_copied(create: Any) -> None:
+    weights = {name: value.double() for name, value in create().state_dict().items()}
+    model = timm.create_model('supervit_tiny', device='meta', **SETTINGS)
+    model.load_state_dict(weights, assign=True)
+    assert_same_weights(model, weights)
+
+
+@pytest.mark.parametrize('kwargs', [dict(reg_tokens=2), dict(reg_tokens=2, no_embed_class=True)])
+def test_it_reads_plain_weights_with_register_tokens(create: Any, images: Tensor, kwargs: dict[str, Any]) -> None:
+    vit = timm.create_model(
+        'vit_tiny_patch16_224', img_size=48, embed_dim=48, depth=4, num_heads=3, num_classes=10, **kwargs).eval()
+    model = create(**kwargs)
+    model.load_state_dict(vit.state_dict())
+    small = nn.functional.interpolate(images, size=(48, 48), mode='bilinear', align_corners=True)
+    torch.testing.assert_close(model(small, img_size=48), vit(small), **ROUNDING)
+
+
+def test_another_number_of_classes_gets_a_new_head(create: Any, deit: Any, tmp_path: Path) -> None:
+    torch.save(deit.state_dict(), tmp_path / 'deit.pth')
+    overlay = dict(file=str(tmp_path / 'deit.pth'), num_classes=10)
+    for num_classes in (0, 3):
+        model = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
+        torch.testing.assert_close(model.blocks[3].mlp.fc2.weight, deit.blocks[3].mlp.fc2.weight, **EXACT)
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, num_classes or 48)
+    # What train.py gives with --pretrained-path: whatever head the file has is left out.
+    model = create(pretrained=True, pretrained_cfg_overlay=overlay | dict(num_classes=-1))
+    torch.testing.assert_close(model.blocks[0].mlp.fc1.weight, deit.blocks[0].mlp.fc1.weight, **EXACT)
+    assert not torch.equal(model.head.weight, deit.head.weight)
+
+
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_another_number_of_channels_adapts_the_stem_as_timm_does(
+        create: Any,
+        deit: Any,
+        tmp_path: Path,
+        in_chans: int,
+) -> None:
+    torch.save(deit.state_dict(), tmp_path / 'deit.pth')
+    overlay = dict(file=str(tmp_path / 'deit.pth'), num_classes=10)
+    model = create(pretrained=True, pretrained_cfg_overlay=overlay, in_chans=in_chans)
+    plain = timm.create_model(
+        'deit_tiny_patch16_224', img_size=64, embed_dim=48, depth=4, num_heads=3, num_classes=10, in_chans=in_chans,
+        pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    images = torch.randn(2, in_chans, 64, 64)
+    torch.testing.assert_close(model(images), plain(images), **ROUNDING)
+
+
+def test_features_only_takes_pretrained_weights(create: Any, deit: Any, images: Tensor, tmp_path: Path) -> None:
+    torch.save(deit.state_dict(), tmp_path / 'deit.pth')
+    kwargs = dict(
+        pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'deit.pth'), num_classes=10),
+        features_only=True, out_indices=(1, 3))
+    model = create(**kwargs)
+    for tensor, expected in zip(
+            model(images), deit.forward_intermediates(images, [1, 3], intermediates_only=True), strict=True):
+        torch.testing.assert_close(tensor, expected, **ROUNDING)
+
+
+# --- folders: save_for_hf and local-dir ---
+
+
+def change_nothing(model: Any) -> None:
+    """Save the model as it was created."""
+
+
+def change_subnet(model: Any) -> None:
+    model.subnet = (48, 0.3)
+
+
+def change_size(model: Any) -> None:
+    model.set_input_size(96)
+
+
+def change_patch(model: Any) -> None:
+    model.set_input_size(patch_size=8)
+
+
+def change_head(model: Any) -> None:
+    model.reset_classifier(4, 'avg')
+
+
+@pytest.mark.parametrize('change', [change_nothing, change_subnet, change_size, change_patch, change_head])
+@pytest.mark.parametrize('kwargs', [
+    dict(),
+    dict(keep_rates=(0.25, 0.9), train_subnets='all', reg_tokens=2),
+    dict(img_size=32, keep_rate=0.4, in_chans=1, share_prefix=False),
+])
+def test_a_saved_folder_gives_back_the_same_model(
+        create: Any,
+        tmp_path: Path,
+        change: Callable[[Any], None],
+        kwargs: dict[str, Any],
+) -> None:
+    model = create(**kwargs)
+    change(model)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert {path.name for path in tmp_path.iterdir()} == {'model.safetensors', 'config.json'}
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    for name in ('img_sizes', 'keep_rates', 'drop_layers', 'subnet', 'subnets', 'train_subnets', 'share_prefix'):
+        assert getattr(other, name) == getattr(model, name), name
+    assert_same_weights(other, model.state_dict())
+    images = torch.randn(2, model.in_chans, 64, 64)
+    torch.testing.assert_close(other(images), model(images), **EXACT)
+    assert timm.create_model(f'local-dir:{tmp_path}').subnet == model.subnet  # settings without weights
+
+
+def test_a_saved_folder_is_loaded_with_other_settings_where_asked(create: Any, tmp_path: Path) -> None:
+    model = create()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    other = timm.create_model(
+        f'local-dir:{tmp_path}', pretrained=True, img_size=32, keep_rate=0.7, num_classes=3)
+    assert other.subnet == Subnet(32, 0.7)
+    assert other.num_classes == 3
+    with pytest.raises(RuntimeError, match=re.escape(str(tmp_path)) + r'.*img_sizes \(32, 48\)'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_sizes=(32, 48), img_size=32)
+
+
+def test_the_default_model_is_saved_with_its_sizes(tmp_path: Path) -> None:
+    model = timm.create_model('supervit_tiny', embed_dim=12, num_heads=1)
+    model.subnet = (160, 0.5)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert other.subnet == Subnet(160, 0.5)
+    assert other.img_sizes == (128, 160, 192, 224)
+    # Images are loaded at the largest size and resized inside, whatever subnet is active.
+    for m in (model, other):
+        assert timm.data.resolve_data_config(model=m)['input_size'] == (3, 224, 224)
+
+
+def test_the_loader_delivers_the_largest_size(create: Any) -> None:
+    for kwargs in (dict(), dict(img_size=32), dict(keep_rate=0.5)):
+        assert timm.data.resolve_data_config(model=create(**kwargs))['input_size'] == (3, 64, 64)
+
+
+# --- the Hub ---
+
+USE_HUB = '''
+import json, timm, torch
+from timm.models import push_to_hf_hub
+
+result = {}
+with torch.no_grad():
+    images = torch.randn(1, 3, 224, 224)
+    deit = timm.create_model('deit_tiny_patch16_224.fb_in1k', pretrained=True).eval()
+    model = timm.create_model('supervit_tiny', pretrained=True).eval()
+    result['starts as DeiT'] = torch.allclose(model(images), deit(images), atol=2e-5)
+    tagged = timm.create_model('supervit_tiny.deit_in1k', pretrained=True).eval()
+    result['the tag is the default'] = all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), tagged.state_dict().values()))
+    other = timm.create_model('supervit_tiny', pretrained=True, num_classes=7, in_chans=1, img_sizes=(96, 256)).eval()
+    result['other settings'] = list(other(images[:, :1]).shape) + list(other.pos_embed_list[1].shape)
+    result['other weights'] = torch.equal(other.blocks[5].mlp.fc1.weight, deit.blocks[5].mlp.fc1.weight)
+    features = timm.create_model('supervit_tiny', pretrained=True, features_only=True)
+    maps = features.eval()(images)
+    result['features'] = [list(m.shape) for m in maps]
+
+    mine = timm.create_model(
+        'supervit_digits', img_sizes=(12, 24), keep_rates=(0.4, 1.0), drop_layers=(2, 3), num_classes=5).eval()
+    mine.set_input_size(32)
+    mine.subnet = (12, 0.4)
+    push_to_hf_hub(mine, 'me/mine', safe_serialization=True)
+    back = timm.create_model('hf-hub:me/mine', pretrained=True).eval()
+    result['settings'] = [back.img_sizes, back.keep_rates, back.drop_layers, back.subnet, back.num_classes]
+    x = torch.randn(2, 3, 24, 24)
+    result['same outputs'] = all(
+        torch.equal(a, b) for a, b in zip(mine.forward_subnets(x, mine.subnets), back.forward_subnets(x, back.subnets)))
+    try:
+        timm.create_model('hf-hub:me/broken', pretrained=True)
+    except RuntimeError as error:
+        result['broken'] = str(error)
+print(json.dumps(result))
+'''
+
+
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[tuple[str, str]], Path]:
+    """What a process saw that used the Hub, what it asked for, and the folder that is served."""
+    root, requests = tmp_path_factory.mktemp('hub'), []
+    deit = timm.create_model('deit_tiny_patch16_224')
+    save_for_hf(deit, str(root / 'timm/deit_tiny_patch16_224.fb_in1k'), safe_serialization=True)
+    broken = root / 'me/broken'
+    save_for_hf(timm.create_model('supervit_digits'), str(broken), safe_serialization=True)
+    content = (broken / 'model.safetensors').read_bytes()
+    (broken / 'model.safetensors').write_bytes(content[:len(content) // 2])
+    with serve(root, requests) as url:
+        result = subprocess.run(
+            [sys.executable, '-c', USE_HUB], capture_output=True, text=True, check=False, cwd=root,
+            env=hub_environment(url, tmp_path_factory.mktemp('cache')))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1]), requests, root
+
+
+def test_pretrained_weights_are_those_of_deit_from_the_hub(hub: Any) -> None:
+    seen, requests, _ = hub
+    assert seen['starts as DeiT']
+    assert seen['the tag is the default']
+    assert ('GET', '/timm/deit_tiny_patch16_224.fb_in1k/resolve/main/model.safetensors') in requests
+
+
+def test_pretrained_weights_serve_other_settings(hub: Any) -> None:
+    seen, _, _ = hub
+    assert seen['other settings'] == [1, 7, 1, 257, 192]
+    assert seen['other weights']
+    assert [shape[1:] for shape in seen['features']] == [[192, 14, 14]] * 3
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
+def test_each_factory_starts_from_the_deit_of_its_size(size: str) -> None:
+    cfg = timm.models.get_pretrained_cfg(f'supervit_{size}.deit_in1k')
+    assert cfg.hf_hub_id == f'timm/deit_{size}_patch16_224.fb_in1k'
+    assert 'not SuperViT-trained' in cfg.description
+
+
+def test_a_pushed_model_comes_back_the_same(hub: Any) -> None:
+    seen, _, root = hub
+    assert seen['settings'] == [[12, 24, 32], [0.4, 1.0], [2, 3], [12, 0.4], 5]
+    assert seen['same outputs']
+    assert {path.name for path in (root / 'me/mine').iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
+    assert json.loads((root / 'me/mine/config.json').read_text())['architecture'] == 'supervit_digits'
+    assert len([name for name in load_file(root / 'me/mine/model.safetensors') if 'pos_embed_list' in name]) == 3
+
+
+def test_a_broken_download_names_its_repository(hub: Any) -> None:
+    seen, _, _ = hub
+    assert 'me/broken' in seen['broken']
+    assert 'download' in seen['broken']
+
+
+# --- what does not fit ---
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    'another width': (dict(embed_dim=24), r'\(1, 1, 24\) and should be \(1, 1, 48\).*width 24.*width 48'),
+    'fewer blocks': (dict(depth=3), r'blocks\.3.*is missing.*hold 3 blocks.*has 4 blocks'),
+    'more blocks': (dict(depth=5), r'blocks\.4.*has no place.*hold 5 blocks.*has 4 blocks'),
+    'fewer sizes': (dict(img_sizes=(32, 48)), r'pos_embed_list\.2 is missing.*for 2 image size\(s\)'),
+    'more sizes': (dict(img_sizes=(32, 48, 64, 80)), r'pos_embed_list\.3 has no place.*for 4 image size\(s\)'),
+    'other sizes': (dict(img_sizes=(32, 48, 80)), r'pos_embed_list\.2 is \(1, 26, 48\) and should be \(1, 17, 48\)'),
+    'another patch': (dict(patch_size=8), r'patch_embed\.proj\.weight is \(48, 3, 8, 8\)'),
+    'another FFN': (dict(mlp_ratio=2.), r'mlp\.fc1\.weight is \(96, 48\) and should be \(192, 48\)'),
+    'another number of classes': (dict(num_classes=5), r'head\.weight is \(5, 48\) and should be \(10, 48\)'),
+    'no head': (dict(num_classes=0), r'head\.bias is missing'),
+    'register tokens': (dict(reg_tokens=2), r'reg_token has no place'),
+}
+
+
+def make_misfit(what: str, create: Callable[..., Any]) -> tuple[dict[str, Any], str]:
+    kwargs, message = MISFITS[what]
+    return create(**kwargs).state_dict(), message
+
+
+@pytest.mark.parametrize('route', ['load_state_dict', 'load_checkpoint', 'safetensors'])
+@pytest.mark.parametrize('what', MISFITS)
+def test_weights_of_another_network_change_nothing(create: Any, tmp_path: Path, what: str, route: str) -> None:
+    weights, message = make_misfit(what, create)
+    model = create()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    message = rf'SuperVisionTransformer, and nothing was loaded: .*{message}.*create it with the settings'
+    if route == 'safetensors':
+        with pytest.raises(RuntimeError, match=message):
+            load_by(route, create, weights, tmp_path)
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            load_by(route, lambda: model, weights, tmp_path)
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize('what', [w for w in MISFITS if w not in ('no head', 'another number of classes')])
+def test_lenient_loading_takes_no_half_of_a_network(create: Any, what: str) -> None:
+    weights, _ = make_misfit(what, create)
+    model = create()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if what == 'register tokens':
+        del weights['pos_embed_list.1']
+    with pytest.raises(RuntimeError, match='nothing was loaded'):
+        model.load_state_dict(weights, strict=False)
+    assert_same_weights(model, before)
+
+
+def test_lenient_loading_passes_over_a_head(create: Any) -> None:
+    source, model = create(num_classes=0), create()
+    head = model.head.weight.clone()
+    keys = model.load_state_dict(source.state_dict(), strict=False)
+    assert (sorted(keys.missing_keys), keys.unexpected_keys) == (['head.bias', 'head.weight'], [])
+    torch.testing.assert_close(model.head.weight, head, **EXACT)
+    torch.testing.assert_close(model.norm.weight, source.norm.weight, **EXACT)
+    keys = source.load_state_dict(model.state_dict(), strict=False)
+    assert sorted(keys.unexpected_keys) == ['head.bias', 'head.weight']
+
+
+ODD_CONTENTS: dict[str, tuple[Any, str]] = {
+    'not a square grid': (lambda w: w | {'pos_embed': torch.zeros(1, 8, 48)}, r'\(1, 8, 48\) is no square grid'),
+    'no tensor': (lambda w: w | {'norm.weight': None}, r'norm\.weight is no tensor but of type NoneType'),
+    'nothing': (lambda w: {}, r'is missing.*no vision transformer'),
+    'something else': (lambda w: {'conv1.weight': torch.zeros(1)}, r'conv1\.weight.*no vision transformer'),
+    'a whole checkpoint': (lambda w: {'model': w, 'epoch': 3}, r'epoch, model.*no vision transformer'),
+}
+
+
+@pytest.mark.parametrize('what', ODD_CONTENTS)
+def test_odd_contents_change_nothing(create: Any, what: str) -> None:
+    change, message = ODD_CONTENTS[what]
+    model = create()
+    weights = create().state_dict()
+    if what == 'not a square grid':
+        weights = {name: value for name, value in weights.items() if 'pos_embed' not in name}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(change(weights))
+    assert_same_weights(model, before)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    'half of it': lambda content: content[:len(content) // 2],
+    'all but the last bytes': lambda content: content[:-10],
+    'the first bytes': lambda content: content[:20],
+    'nothing': lambda content: b'',
+    'a web page': lambda content: b'<!doctype html><title>404</title>',
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_a_damaged_file_changes_nothing_and_is_named(create: Any, tmp_path: Path, suffix: str, damage: str) -> None:
+    path = tmp_path / f'damaged.{suffix}'
+    weights = create().state_dict()
+    save_file(weights, path) if suffix == 'safetensors' else torch.save(weights, path)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    model = create()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises((RuntimeError, EOFError, SafetensorError)):  # timm's own reading, with the error of its reader
+        load_checkpoint(model, str(path))
+    assert_same_weights(model, before)
+    with pytest.raises(RuntimeError, match=rf'(?s){re.escape(str(path))}: \S.*truncated or corrupt, download or save'):
+        create(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=10))
