@@ -3,6 +3,7 @@
 0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted; what
 was found out until then has been printed.
 """
+import argparse
 import pickle
 from typing import Any
 
@@ -89,13 +90,17 @@ def _chain(*decorators: Any) -> Any:
 
 model_options = _chain(
     click.argument('model'),
-    click.option('--checkpoint', metavar='PATH', help='Weights to load; without it, the pretrained ones if there are.'),
+    click.option(
+        '--checkpoint', type=click.Path(exists=True, dir_okay=False), metavar='PATH',
+        help='Weights to load (default: the pretrained ones, if there are).'),
+    click.option('--use-ema', is_flag=True, help='Take the averaged weights of the checkpoint, if it has them.'),
     click.option('--num-classes', type=int, metavar='N', help='Number of classes, if not the model\'s own.'),
     click.option(
         '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', callback=_check_model_kwargs,
         help='Settings of the model, as in timm\'s scripts.'),
 )
-device_option = click.option('--device', metavar='NAME', help='Device to run on (default: cuda if there is one, or cpu).')
+device_option = click.option(
+    '--device', metavar='NAME', help='Device to run on (default: cuda if there is one, or cpu).')
 amp_options = _chain(
     click.option('--amp', is_flag=True, help='Run in mixed precision.'),
     click.option(
@@ -111,38 +116,40 @@ output_option = click.option(
 def create_model(
         model: str,
         checkpoint: str | None = None,
+        use_ema: bool = False,
         num_classes: int | None = None,
         model_kwargs: tuple[str, ...] = (),
+        pretrained: bool = True,
 ) -> Any:
     """Create the SuperViT that ``model_options`` describe, in evaluation mode on the CPU.
+
+    Args:
+        model: Name, as for ``timm.create_model``.
+        checkpoint: Weights to load.
+        use_ema: Take the averaged weights of the checkpoint.
+        num_classes: Number of classes (default: the model's own).
+        model_kwargs: Settings of the model, each ``KEY=VALUE``.
+        pretrained: Without a checkpoint, load the model's pretrained weights.
 
     Raises:
         ValueError: If it is no SuperViT.
         RuntimeError: If there is no such model, or the weights do not fit it.
     """
     import timm
+    from timm.models import load_checkpoint
     from timm.utils import ParseKwargs
 
     from ..models.supervit import SuperVisionTransformer
 
-    parsed: Any = click.Context(click.Command('model_kwargs'))
-    ParseKwargs([], 'model_kwargs')(None, parsed, model_kwargs)  # type: ignore[arg-type]
+    namespace = argparse.Namespace()
+    ParseKwargs([], 'model_kwargs')(argparse.ArgumentParser(), namespace, model_kwargs)
     network = timm.create_model(
-        model,
-        pretrained=checkpoint is None and _has_weights(model),
-        checkpoint_path=checkpoint,
-        num_classes=num_classes,
-        **parsed.model_kwargs,
-    )
+        model, pretrained=pretrained and not checkpoint, num_classes=num_classes, **namespace.model_kwargs)
     if not isinstance(network, SuperVisionTransformer):
         raise ValueError(f'{model} is no SuperViT; timm.list_models("supervit*") lists those that are')
+    if checkpoint:
+        load_checkpoint(network, checkpoint, use_ema)
     return network.eval()
-
-
-def _has_weights(model: str) -> bool:
-    import timm
-
-    return ':' in model or timm.models.is_model_pretrained(model)
 
 
 def resolve_device(device: str | None) -> str:
