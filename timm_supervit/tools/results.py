@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..subnets import Subnet
 from .files import write_text
 
-__all__ = ['Results', 'load_results', 'save_results']
+__all__ = ['Quantity', 'Results', 'load_results', 'quantity_of', 'save_results', 'subnet_of']
 
 Row = dict[str, Any]
 
@@ -38,6 +38,41 @@ class Results:
     model: str
     rows: list[Row]
     info: dict[str, Any] = field(default_factory=dict)
+
+
+class Quantity(NamedTuple):
+    """How the values of a key are shown.
+
+    Attributes:
+        title: Name with the unit, for headings and axes.
+        digits: Decimals.
+        scale: What a value is divided by.
+    """
+
+    title: str
+    digits: int = 2
+    scale: float = 1.
+
+
+_QUANTITIES = {
+    'img_size': Quantity('size', 0),
+    'keep_rate': Quantity('keep rate'),
+    'batch_size': Quantity('batch', 0),
+    'top1': Quantity('top-1 [%]'),
+    'top5': Quantity('top-5 [%]'),
+    'latency_ms': Quantity('latency, median [ms]'),
+    'latency_p90_ms': Quantity('latency, p90 [ms]'),
+    'throughput': Quantity('throughput [images/s]', 1),
+    'memory_mib': Quantity('peak memory [MiB]', 1),
+}
+
+
+def quantity_of(rows: Iterable[Row], key: str) -> Quantity:
+    """Return how to show a key of these rows; MACs in the unit that suits the largest."""
+    if key != 'macs':
+        return _QUANTITIES.get(key, Quantity(key))
+    largest = max((row['macs'] for row in rows if row.get('macs') is not None), default=0)
+    return Quantity('GMACs per image', 2, 1e9) if largest >= 1e8 else Quantity('MMACs per image', 2, 1e6)
 
 
 def subnet_of(row: Row) -> Subnet | None:

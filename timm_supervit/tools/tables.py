@@ -1,51 +1,15 @@
 """Printing operating points: one small table of image sizes x keep rates for each quantity, side by side."""
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from .results import Results, Row
+from .results import Quantity, Results, Row, quantity_of
 
-__all__ = ['QUANTITIES', 'Quantity', 'format_quantity', 'list_table', 'print_grids', 'print_table']
-
-
-class Quantity(NamedTuple):
-    """How a column of the results is shown.
-
-    Attributes:
-        title: Name with the unit, for headings and axes.
-        digits: Decimals.
-        scale: What a value is divided by.
-    """
-
-    title: str
-    digits: int
-    scale: float = 1.
-
-
-QUANTITIES = {
-    'macs': Quantity('MACs', 0),
-    'top1': Quantity('top-1 [%]', 2),
-    'top5': Quantity('top-5 [%]', 2),
-    'latency_ms': Quantity('latency, median [ms]', 2),
-    'latency_p90_ms': Quantity('latency, p90 [ms]', 2),
-    'throughput': Quantity('throughput [images/s]', 1),
-    'memory_mib': Quantity('peak memory [MiB]', 1),
-}
-
-
-def scale_macs(rows: Sequence[Row]) -> Quantity:
-    """Return how to show the MACs of these rows: in thousands of millions, or millions where all are small."""
-    largest = max((row['macs'] for row in rows if row.get('macs') is not None), default=0)
-    return Quantity('GMACs', 2, 1e9) if largest >= 1e8 else Quantity('MMACs', 2, 1e6)
-
-
-def format_quantity(rows: Sequence[Row], key: str) -> Quantity:
-    """Return how to show a column of these rows."""
-    return scale_macs(rows) if key == 'macs' else QUANTITIES.get(key, Quantity(key, 2))
+__all__ = ['grid_table', 'list_table', 'print_grids', 'print_table']
 
 
 def _text(value: Any, quantity: Quantity) -> str:
@@ -56,7 +20,7 @@ def _text(value: Any, quantity: Quantity) -> str:
 
 def grid_table(rows: Sequence[Row], key: str) -> Table:
     """Return one column of the rows as a table of image sizes (down) x keep rates (across)."""
-    quantity = format_quantity(rows, key)
+    quantity = quantity_of(rows, key)
     values = {(row['img_size'], row['keep_rate']): row.get(key) for row in rows}
     rates = sorted({rate for _, rate in values})
     table = Table(title=quantity.title, box=SIMPLE_HEAD, padding=(0, 1), title_style='bold', pad_edge=False)
@@ -70,8 +34,7 @@ def grid_table(rows: Sequence[Row], key: str) -> Table:
 
 def list_table(rows: Sequence[Row], columns: Sequence[str], title: str | None = None) -> Table:
     """Return rows as they are, one line each, with these columns."""
-    plain = {'img_size': Quantity('size', 0), 'keep_rate': Quantity('keep rate', 2), 'batch_size': Quantity('batch', 0)}
-    quantities = [plain.get(key) or format_quantity(rows, key) for key in columns]
+    quantities = [quantity_of(rows, key) for key in columns]
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     for quantity in quantities:
         table.add_column(quantity.title, justify='right')
