@@ -141,6 +141,8 @@ def create_model(
 
     from ..models.supervit import SuperVisionTransformer
 
+    if pretrained and not checkpoint and timm.is_model(model) and not timm.models.is_model_pretrained(model):
+        raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
     namespace = argparse.Namespace()
     ParseKwargs([], 'model_kwargs')(argparse.ArgumentParser(), namespace, model_kwargs)
     network = timm.create_model(

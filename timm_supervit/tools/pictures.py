@@ -1,4 +1,4 @@
-"""Pictures of operating points: one quantity against another, a line for each image size, a marker for each keep rate."""
+"""Pictures of operating points: one quantity against another, by image size (lines) and keep rate (markers)."""
 import os
 from collections.abc import Sequence
 
@@ -49,8 +49,8 @@ def draw_operating_points(
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.add_subplot(xlabel=across.title, ylabel=up.title)
     axes.set_title(title, fontsize=13)
-    axes.xaxis.label.set_size(12)
-    axes.yaxis.label.set_size(12)
+    axes.xaxis.label.set_fontsize(12)
+    axes.yaxis.label.set_fontsize(12)
     axes.tick_params(labelsize=11)
     axes.grid(color='#dddddd')
     axes.set_axisbelow(True)
