@@ -13,6 +13,8 @@ __all__ = ['main']
 _COMMANDS = {
     'quickstart': 'Train a small SuperViT on handwritten digits and show what each of its subnets can do.',
     'recipe': 'Print a training recipe as the YAML that timm\'s train.py reads.',
+    'evaluate': 'Measure the accuracy of every subnet in one pass over a data set.',
+    'choose': 'Choose the most accurate subnet that fits a budget.',
 }
 
 

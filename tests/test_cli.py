@@ -1,0 +1,158 @@
+"""The command line: light to start, one line for what went wrong, exit codes."""
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from timm_supervit.cli import _COMMANDS, main
+from timm_supervit.tools.results import Results, save_results
+
+
+def supervit(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def run_python(code, **kwargs):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('weights') / 'model.pth'
+    torch.save(timm.create_model('supervit_digits', num_classes=2).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('images')
+    for i in range(5):
+        path = folder / 'validation' / f'class{i % 2}' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (24, 24), (50 * i, 20, 10)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize('arguments', [['--help'], ['--version'], ['evaluate', '--help'], ['choose', '--help']])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        'import sys\n'
+        'from timm_supervit.cli import main\n'
+        'try:\n'
+        f'    main({arguments!r})\n'
+        'finally:\n'
+        '    heavy = {"torch", "timm", "numpy", "matplotlib", "rich", "sklearn"} & set(sys.modules)\n'
+        '    print("heavy:", sorted(heavy))\n')
+    result = run_python(code)
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == 'heavy: []'
+
+
+def test_help_lists_every_command_and_each_has_an_example():
+    listing = supervit('--help').output
+    for name in _COMMANDS:
+        assert name in listing
+    for name in ('quickstart', 'evaluate', 'choose'):
+        assert f'  supervit {name} ' in supervit(name, '--help').output
+
+
+@pytest.mark.parametrize(('missing', 'arguments'), [
+    ('click', ['--help']), ('rich', ['quickstart']), ('sklearn', ['quickstart']), ('matplotlib', ['quickstart'])])
+def test_a_missing_extra_is_one_line(missing, arguments):
+    code = f'import sys; sys.modules[{missing!r}] = None; from timm_supervit.cli import main; main({arguments!r})'
+    result = run_python(code)
+    assert result.returncode == 1
+    assert result.stderr.count('\n') == 1
+    assert 'pip install "timm-supervit[tools]"' in result.stderr
+
+
+def test_evaluate_prints_the_table_and_writes_the_files(checkpoint, images, tmp_path):
+    result = supervit(
+        'evaluate', 'supervit_digits', '--checkpoint', checkpoint, '--num-classes', 2, '--data-dir', images,
+        '--workers', 0, '--output', tmp_path, '--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16',
+        '--model-kwargs', 'keep_rates=(0.4,1.0)', 'drop_layers=(2,)', '--subnet', '16:0.4', '--subnet', '24:1')
+    assert result.exit_code == 0, result.output
+    assert 'top-1' in result.stdout and 'MMACs' in result.stdout
+    content = json.loads((tmp_path / 'evaluate.json').read_text())
+    assert [(row['img_size'], row['keep_rate'], row['count']) for row in content['rows']] == [(16, 0.4, 5), (24, 1.0, 5)]
+    assert content['info']['precision'] == 'bfloat16'
+    assert {path.name for path in tmp_path.iterdir()} == {'evaluate.json', 'evaluate.csv', 'evaluate.png'}
+
+
+@pytest.mark.parametrize(('arguments', 'code', 'message'), [
+    (['--subnet', '160-0.7'], 2, "'160-0.7' is no subnet SIZE:RATE"),
+    (['--subnet', '12:1.5'], 2, 'keep_rate 1.5 is not in'),
+    (['--subnet', '13:0.5'], 1, 'img_size 13 is none of img_sizes'),
+    (['--num-classes', '3'], 1, 'the data set has 2 classes and the model 3'),
+    (['--data-dir', '/nowhere'], 1, "'/nowhere' does not exist"),
+    (['--checkpoint', '/nowhere'], 2, "'/nowhere' does not exist"),
+    (['--output', '/dev/null/x'], 1, "cannot write to the folder '/dev/null/x'"),
+    (['--model-kwargs', 'keep_rate'], 2, "'keep_rate' is not KEY=VALUE"),
+    (['--model-kwargs', 'img_sizes=(12,17)'], 1, '17 is not divisible by the patch size 4'),
+    (['--unknown'], 2, 'No such option'),
+])
+def test_what_is_wrong_is_one_line_and_an_exit_code(checkpoint, images, arguments, code, message):
+    defaults = {'--data-dir': images, '--num-classes': 2, '--checkpoint': checkpoint, '--workers': 0, '--device': 'cpu'}
+    given = [str(item) for pair in defaults.items() if pair[0] not in arguments for item in pair]
+    if '--num-classes' in arguments:
+        given = [item for item in given if item not in ('--checkpoint', str(checkpoint))]
+        path = checkpoint.with_name('three.pth')
+        torch.save(timm.create_model('supervit_digits', num_classes=3).state_dict(), path)
+        given += ['--checkpoint', str(path)]
+    result = supervit('evaluate', 'supervit_digits', *given, *arguments)
+    assert (result.exit_code, result.stdout) == (code, '')
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_a_model_that_is_no_supervit_or_has_no_weights_is_refused(images):
+    for model, message in [
+        ('vit_tiny_patch16_224', 'vit_tiny_patch16_224 is no SuperViT'),
+        ('supervit_digits', 'has no pretrained weights; give trained ones with --checkpoint'),
+        ('supervit_unknown', 'Unknown model'),
+    ]:
+        arguments = ['--checkpoint', __file__] if model.startswith('vit') else []
+        result = supervit('evaluate', model, '--data-dir', images, *arguments)
+        assert result.exit_code == 1
+        assert message in result.stderr
+
+
+def test_an_interrupted_evaluation_prints_what_it_has_and_exits_with_130(checkpoint, images, tmp_path):
+    # The third batch comes when the signal has been sent.
+    code = (
+        'import os, signal\n'
+        'from timm_supervit.cli import main\n'
+        'from timm_supervit.models.supervit import SuperVisionTransformer\n'
+        'forward, calls = SuperVisionTransformer.forward_subnets, []\n'
+        'def interrupted(*args):\n'
+        '    calls.append(1)\n'
+        '    if len(calls) == 3:\n'
+        '        os.kill(os.getpid(), signal.SIGINT)\n'
+        '    return forward(*args)\n'
+        'SuperVisionTransformer.forward_subnets = interrupted\n'
+        f'main(["evaluate", "supervit_digits", "--checkpoint", {str(checkpoint)!r}, "--num-classes", "2", "-b", "1",\n'
+        f'      "--data-dir", {str(images)!r}, "--workers", "1", "--device", "cpu", "--output", {str(tmp_path)!r}])\n')
+    result = run_python(code)
+    assert result.returncode == 130 == 128 + signal.SIGINT
+    assert 'PARTIAL: interrupted after 2 of 5 images' in result.stdout
+    assert json.loads((tmp_path / 'evaluate.json').read_text())['info']['partial']
+
+
+def test_choose_prints_the_subnet_last_or_the_nearest_miss(tmp_path):
+    rows = [dict(img_size=12, keep_rate=0.5, macs=10, top1=80.0), dict(img_size=24, keep_rate=1.0, macs=20, top1=90.0)]
+    path = save_results(Results('m', rows), tmp_path, 'evaluate')[0]
+    result = supervit('choose', path, '--macs', 15)
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, '12:0.5')
+    result = supervit('choose', path, '--macs', 15, '--output', tmp_path)
+    assert json.loads((tmp_path / 'choose.json').read_text())['info']['best']['img_size'] == 12
+    result = supervit('choose', path, '--macs', 5)
+    assert (result.exit_code, result.stdout) == (1, '')
+    assert 'the nearest is 12:0.5' in result.stderr
+    path.write_text('{}')
+    assert supervit('choose', path).exit_code == 1

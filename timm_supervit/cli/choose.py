@@ -1,0 +1,59 @@
+"""``supervit choose``: the subnet for a budget, from saved results."""
+import ast
+
+import click
+
+from . import options
+
+
+def _parse_where(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
+    where: dict[str, object] = {}
+    for value in values:
+        key, equals, text = value.partition('=')
+        if not equals:
+            raise click.BadParameter(f'{value!r} is not KEY=VALUE, as in batch_size=1', ctx, param)
+        try:
+            where[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            where[key] = text
+    return where
+
+
+@click.command(cls=options.Command)
+@click.argument('results', nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option('--latency-ms', type=float, metavar='MS', help='Median latency of a batch, at most.')
+@click.option('--macs', type=float, metavar='N', help='Multiply-accumulates for one image, at most, as in 2.5e9.')
+@click.option('--throughput', type=float, metavar='N', help='Images per second, at least.')
+@click.option(
+    '--where', multiple=True, metavar='KEY=VALUE', callback=_parse_where,
+    help='Which of several settings of the profile counts, as in batch_size=1; may be repeated.')
+@options.output_option
+def command(
+        results: tuple[str, ...],
+        latency_ms: float | None,
+        macs: float | None,
+        throughput: float | None,
+        where: dict[str, object],
+        output: str | None,
+) -> None:
+    """Choose the most accurate subnet inside a budget, from the JSON files of evaluate and profile.
+
+    Prints the Pareto front, and last the subnet as SIZE:RATE. --output writes the front as choose.json and choose.csv.
+
+    \b
+    supervit choose results/evaluate.json results/profile.json --latency-ms 20 --where batch_size=1
+    """
+    from ..tools.choose import best_subnet, merge_results, pareto_front
+    from ..tools.results import Results, load_results, save_results
+    from ..tools.tables import list_table, print_table
+
+    rows = merge_results(results, where)
+    cost = 'latency_ms' if latency_ms else 'throughput' if throughput else 'macs'
+    best = best_subnet(rows, latency_ms, macs, throughput)
+    front = pareto_front(rows, cost)
+    columns = ['img_size', 'keep_rate', 'top1', 'macs', 'latency_ms', 'throughput']
+    shown = [key for key in columns if any(row.get(key) is not None for row in front)]
+    print_table(list_table(front, shown, title='Pareto front'))
+    click.echo(f'{best["img_size"]}:{best["keep_rate"]:g}')
+    if output:
+        save_results(Results(load_results(results[0]).model, front, {'best': best}), output, 'choose')

@@ -1,0 +1,131 @@
+"""Images to evaluate on: timm's data sets and loader, with unreadable images marked instead of replaced."""
+import contextlib
+import os
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.dataset import ImageDataset
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+__all__ = ['ReadableImages', 'create_evaluation_loader', 'open_dataset']
+
+
+class ReadableImages(Dataset):
+    """A data set in which an unreadable image is a black one with the target ``-1 - index``.
+
+    timm's own puts the next image in place of an unreadable one, which would be counted twice and named nowhere.
+
+    Attributes:
+        transform: What is done to an image; timm's loader sets it.
+    """
+
+    def __init__(self, dataset: Any, mode: str = 'RGB') -> None:
+        """Wrap a data set.
+
+        Args:
+            dataset: Pairs (image of Pillow's, class) by index, from timm's ``create_dataset`` or one's own.
+            mode: Pillow's mode to convert the images to.
+        """
+        self.dataset = dataset
+        self.mode = mode
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        """Return the number of images, unreadable ones included."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return the transformed image and its class, or the mark of an unreadable one."""
+        try:
+            image, target = self.read(index)
+        except Exception:  # Pillow raises more than OSError: SyntaxError, struct.error, DecompressionBombError, ...
+            image, target = Image.new(self.mode, (1, 1)), -1 - index
+        return self.transform(image), target
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image and its class, or raise what keeps it from being read."""
+        if not isinstance(self.dataset, ImageDataset):
+            image, target = self.dataset[index]
+            return image.convert(self.mode), target
+        content, target, *_ = self.dataset.reader[index]
+        with contextlib.closing(content):
+            return Image.open(content).convert(self.mode), target
+
+    def name(self, index: int) -> str:
+        """Return the name of an image: its file where it has one."""
+        name = self.dataset.filename(index, absolute=True) if isinstance(self.dataset, ImageDataset) else None
+        return name or f'image {index}'
+
+
+def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validation') -> Any:
+    """Return a data set as timm's scripts open it.
+
+    Args:
+        data_dir: Folder with a folder of images for each class, or with such folders for each split.
+        dataset: Kind and name, as in timm's scripts: ``torch/cifar10``, ``hfds/...``; empty for image folders.
+        split: Name of the split.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        RuntimeError: If it holds no image.
+    """
+    if not dataset and not (data_dir and os.path.exists(data_dir)):
+        raise FileNotFoundError(f'the folder of images {data_dir!r} does not exist; give another with --data-dir')
+    return create_dataset(dataset, root=data_dir, split=split)
+
+
+def create_evaluation_loader(
+        dataset: Any,
+        model: nn.Module,
+        batch_size: int = 256,
+        num_workers: int = 4,
+        device: Any = 'cpu',
+        distributed: bool = False,
+) -> Any:
+    """Return a loader that delivers what timm's ``validate.py`` evaluates a model on.
+
+    Args:
+        dataset: A data set, from ``open_dataset`` or one's own pairs (image of Pillow's, class).
+        model: The model; its ``pretrained_cfg`` says how images are prepared.
+        batch_size: Images of a batch.
+        num_workers: Processes that read images.
+        device: Where the batches go.
+        distributed: Deliver this rank's share only.
+
+    Raises:
+        ValueError: If the data set has another number of classes than the model, or can't be shared out exactly.
+    """
+    _check_classes(dataset, model)
+    config = resolve_data_config({}, model=model, use_test_size=True)
+    if not isinstance(dataset, IterableDataset):
+        dataset = ReadableImages(dataset, mode='RGB' if config['input_size'][0] == 3 else 'L')
+    elif distributed:
+        raise ValueError(
+            'a stream of images cannot be shared out exactly between processes; run one process, or use a data set '
+            'with random access')
+    return create_loader(
+        dataset,
+        input_size=config['input_size'],
+        batch_size=batch_size,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+        num_workers=num_workers,
+        distributed=distributed,
+        device=torch.device(device),
+        persistent_workers=False,
+    )
+
+
+def _check_classes(dataset: Any, model: Any) -> None:
+    classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    classes = getattr(dataset, 'classes', None) if classes is None else classes
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(
+            f'the data set has {len(classes)} classes and the model {model.num_classes}; check the folder, '
+            f'or create the model of these classes with --num-classes {len(classes)} and its --checkpoint')
