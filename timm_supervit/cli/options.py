@@ -1,0 +1,161 @@
+"""What the subcommands share: arguments and options as in timm's scripts, and exit codes that scripts can rely on.
+
+0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted; what
+was found out until then has been printed.
+"""
+import argparse
+import pickle
+from typing import Any
+
+import click
+
+from ..subnets import Subnet, check_keep_rate
+
+__all__ = [
+    'Command',
+    'amp_options',
+    'create_model',
+    'device_option',
+    'model_options',
+    'output_option',
+    'resolve_device',
+    'subnet_option',
+]
+
+INTERRUPTED = 130
+_EXTRA = {'click', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'rich', 'sklearn'}
+
+
+class Command(click.Command):
+    """A click command that takes ``--model-kwargs KEY=VALUE KEY=VALUE`` and whose failures are one clear line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the name of ``--model-kwargs`` before each of its values, as click wants it."""
+        expanded: list[str] = []
+        in_kwargs = False
+        for arg in args:
+            if arg == '--model-kwargs':
+                in_kwargs = True
+                continue
+            in_kwargs = in_kwargs and '=' in arg and not arg.startswith('-')
+            expanded += ['--model-kwargs', arg] if in_kwargs else [arg]
+        return super().parse_args(ctx, expanded)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn what users can mend into a message."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if (error.name or '').partition('.')[0] not in _EXTRA:
+                raise
+            raise click.ClickException(
+                f'{error.name} is missing; install the extra "tools": pip install "timm-supervit[tools]"') from error
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            raise click.ClickException(str(error) or type(error).__name__) from error
+        except KeyboardInterrupt:
+            click.echo('Interrupted.', err=True)
+            ctx.exit(INTERRUPTED)
+
+
+class SubnetType(click.ParamType):
+    """A subnet written as SIZE:RATE."""
+
+    name = 'SIZE:RATE'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Subnet:
+        """Return the subnet."""
+        try:
+            img_size, keep_rate = value.split(':')
+            return Subnet(int(img_size), check_keep_rate(float(keep_rate)))
+        except ValueError as error:
+            reason = f': {error}' if 'keep_rate' in str(error) else ''
+            self.fail(f'{value!r} is no subnet SIZE:RATE, as in 160:0.7{reason}', param, ctx)
+
+
+def _check_model_kwargs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if '=' not in value:
+            raise click.BadParameter(f'{value!r} is not KEY=VALUE, as in keep_rate=0.7', ctx, param)
+    return values
+
+
+def _chain(*decorators: Any) -> Any:
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+model_options = _chain(
+    click.argument('model'),
+    click.option(
+        '--checkpoint', type=click.Path(exists=True, dir_okay=False), metavar='PATH',
+        help='Weights to load (default: the pretrained ones, if there are).'),
+    click.option('--use-ema', is_flag=True, help='Take the averaged weights of the checkpoint, if it has them.'),
+    click.option('--num-classes', type=int, metavar='N', help='Number of classes, if not the model\'s own.'),
+    click.option(
+        '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', callback=_check_model_kwargs,
+        help='Settings of the model, as in timm\'s scripts.'),
+)
+device_option = click.option(
+    '--device', metavar='NAME', help='Device to run on (default: cuda if there is one, or cpu).')
+amp_options = _chain(
+    click.option('--amp', is_flag=True, help='Run in mixed precision.'),
+    click.option(
+        '--amp-dtype', type=click.Choice(['float16', 'bfloat16']), default='float16', show_default=True,
+        help='Lower precision of --amp.'),
+)
+subnet_option = click.option(
+    '--subnet', 'subnets', multiple=True, type=SubnetType(), help='A subnet; may be repeated (default: all).')
+output_option = click.option(
+    '--output', type=click.Path(file_okay=False), metavar='DIR', help='Folder to write JSON, CSV and picture to.')
+
+
+def create_model(
+        model: str,
+        checkpoint: str | None = None,
+        use_ema: bool = False,
+        num_classes: int | None = None,
+        model_kwargs: tuple[str, ...] = (),
+        pretrained: bool = True,
+) -> Any:
+    """Create the SuperViT that ``model_options`` describe, in evaluation mode on the CPU.
+
+    Args:
+        model: Name, as for ``timm.create_model``.
+        checkpoint: Weights to load.
+        use_ema: Take the averaged weights of the checkpoint.
+        num_classes: Number of classes (default: the model's own).
+        model_kwargs: Settings of the model, each ``KEY=VALUE``.
+        pretrained: Without a checkpoint, load the model's pretrained weights.
+
+    Raises:
+        ValueError: If it is no SuperViT.
+        RuntimeError: If there is no such model, or the weights do not fit it.
+    """
+    import timm
+    from timm.models import load_checkpoint
+    from timm.utils import ParseKwargs
+
+    from ..models.supervit import SuperVisionTransformer
+
+    if pretrained and not checkpoint and timm.is_model(model) and not timm.models.is_model_pretrained(model):
+        raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
+    namespace = argparse.Namespace()
+    ParseKwargs([], 'model_kwargs')(argparse.ArgumentParser(), namespace, model_kwargs)
+    network = timm.create_model(
+        model, pretrained=pretrained and not checkpoint, num_classes=num_classes, **namespace.model_kwargs)
+    if not isinstance(network, SuperVisionTransformer):
+        raise ValueError(f'{model} is no SuperViT; timm.list_models("supervit*") lists those that are')
+    if checkpoint:
+        load_checkpoint(network, checkpoint, use_ema)
+    return network.eval()
+
+
+def resolve_device(device: str | None) -> str:
+    """Return the device to run on: the given one, or a CUDA device if there is one, or the CPU."""
+    import torch
+
+    return device or ('cuda' if torch.cuda.is_available() else 'cpu')

@@ -1,0 +1,89 @@
+"""Pictures of operating points: one quantity against another, by image size (lines) and keep rate (markers)."""
+import os
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .files import replace_file
+from .results import Row, quantity_of, subnet_of
+
+__all__ = ['draw_operating_points']
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow and black.
+_COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
+_MARKERS = ('v', 's', 'o', '^', 'D', 'P', 'X')
+_PEER_COLOR = '#333333'
+_PEER_MARKERS = ('*', 'p', 'h', 'd', '<', '>')
+
+
+def draw_operating_points(
+        rows: Sequence[Row],
+        path: str | os.PathLike,
+        x: str = 'macs',
+        y: str = 'top1',
+        title: str = '',
+) -> None:
+    """Draw two keys of the rows against each other and write the picture, 1600 x 1000 pixels, as PNG.
+
+    Args:
+        rows: Rows of ``Results``, one for each subnet; rows of other networks are drawn as single dark markers. Rows
+            that lack one of the keys are left out.
+        path: The file to write.
+        x: Key for the horizontal axis.
+        y: Key for the vertical axis.
+        title: Heading of the picture.
+
+    Raises:
+        OSError: If the file cannot be written; one of that name is then as it was.
+    """
+    rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
+    across, up = quantity_of(rows, x), quantity_of(rows, y)
+    subnets = [subnet for row in rows if (subnet := subnet_of(row))]
+    sizes = sorted({subnet.img_size for subnet in subnets}, reverse=True)
+    rates = sorted({subnet.keep_rate for subnet in subnets})
+    colors = {size: _COLORS[i % len(_COLORS)] for i, size in enumerate(sizes)}
+    markers = {rate: _MARKERS[i % len(_MARKERS)] for i, rate in enumerate(rates)}
+
+    # Figure without pyplot: no display, no global state.
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.add_subplot(xlabel=across.title, ylabel=up.title)
+    axes.set_title(title, fontsize=13)
+    axes.xaxis.label.set_fontsize(12)
+    axes.yaxis.label.set_fontsize(12)
+    axes.tick_params(labelsize=11)
+    axes.grid(color='#dddddd')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    for size in sizes:
+        points = sorted(
+            (row[x] / across.scale, row[y] / up.scale, row['keep_rate']) for row in rows if row.get('img_size') == size)
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=colors[size], linewidth=1.8)
+        for right, high, rate in points:
+            axes.plot(
+                right, high, markers[rate], color=colors[size], markersize=9, markeredgecolor='white',
+                markeredgewidth=1, zorder=3)
+    peers = [row for row in rows if subnet_of(row) is None]
+    peer_markers = {row['model']: _PEER_MARKERS[i % len(_PEER_MARKERS)] for i, row in enumerate(peers)}
+    for row in peers:
+        axes.plot(
+            row[x] / across.scale, row[y] / up.scale, peer_markers[row['model']], color=_PEER_COLOR, markersize=11,
+            markeredgecolor='white', markeredgewidth=1, zorder=4)
+
+    entries = {
+        'Image size [px]': [Line2D([], [], color=colors[size], linewidth=3, label=str(size)) for size in sizes],
+        'Keep rate': [_marker(markers[rate], f'{rate:g}', '#777777') for rate in rates],
+        'Other networks': [_marker(marker, name, _PEER_COLOR) for name, marker in peer_markers.items()],
+    }
+    # One column beside the axes, so that no legend covers a point.
+    handles = []
+    for heading, lines in entries.items():
+        if lines:
+            handles += [Line2D([], [], linestyle='', label=heading), *lines, Line2D([], [], linestyle='', label='')]
+    figure.legend(handles=handles[:-1], loc='outside right center', frameon=False, fontsize=11)
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=200, format='png')
+
+
+def _marker(marker: str, label: str, color: str) -> Line2D:
+    return Line2D([], [], linestyle='', marker=marker, color=color, markersize=9, label=label)
