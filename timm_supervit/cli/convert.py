@@ -1,0 +1,56 @@
+"""``supervit convert``: a checkpoint as a model folder for the Hugging Face Hub."""
+from typing import Any
+
+import click
+
+from .options import Command, create_model
+
+__all__ = ['command']
+
+
+@click.command(cls=Command)
+@click.argument('file', type=click.Path(exists=True, dir_okay=False))
+@click.option('--model', required=True, metavar='NAME', help='The model that the checkpoint is of.')
+@click.option('--output', required=True, type=click.Path(file_okay=False), metavar='DIR', help='Folder to write.')
+@click.option('--push', metavar='REPO', help='Upload the folder to this repository, USER/NAME, as who is logged in.')
+@click.option(
+    '--results', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
+    help='Results of "supervit evaluate" or "profile", for the model card.')
+@click.option('--use-ema', is_flag=True, help='Take the averaged weights of the checkpoint, if it has them.')
+@click.option('--num-classes', type=int, metavar='N', help='Number of classes, if not the model\'s own.')
+@click.option(
+    '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', help='Settings of the model, as in timm\'s scripts.')
+def command(
+        file: str,
+        model: str,
+        output: str,
+        push: str | None,
+        results: str | None,
+        use_ema: bool,
+        **settings: Any,
+) -> None:
+    """Turn a checkpoint FILE into a model folder for the Hugging Face Hub.
+
+    FILE is a checkpoint of the official SuperViT code or of timm's train.py. The folder holds the weights in the
+    safetensors format, the settings and a model card; timm.create_model('local-dir:DIR', pretrained=True) reads it.
+    A file that is more than weights, and so could run code, is refused.
+
+    \b
+    Example:
+      supervit convert output/train/model_best.pth.tar --model supervit_small \\
+          --results results/evaluate.json --output supervit_small
+    """
+    from ..tools.convert import convert_checkpoint, push_folder
+    from ..tools.results import load_results
+
+    convert_checkpoint(
+        file,
+        create_model(model, pretrained=False, **settings),
+        output,
+        results=load_results(results) if results else None,
+        use_ema=use_ema,
+        repo_id=push,
+    )
+    click.echo(output)
+    if push:
+        click.echo(push_folder(output, push))

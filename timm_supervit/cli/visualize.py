@@ -1,0 +1,56 @@
+"""``supervit visualize``: which patches of an image each subnet keeps."""
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..subnets import Subnet
+from .options import Command, create_model, device_option, model_options, resolve_device, subnet_option
+
+__all__ = ['command']
+
+
+@click.command(cls=Command)
+@model_options
+@click.argument('images', nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False), metavar='IMAGE...')
+@subnet_option
+@click.option('--output', type=click.Path(file_okay=False), metavar='DIR', required=True, help='Folder to write to.')
+@device_option
+def command(
+        model: str,
+        images: tuple[str, ...],
+        subnets: tuple[Subnet, ...],
+        output: str,
+        device: str | None,
+        **settings: Any,
+) -> None:
+    """Draw which patches of each IMAGE the subnets of MODEL keep.
+
+    The picture has one row for each image and subnet: the image at the subnet's size, then what is left of it after
+    each block that drops tokens; above it the prediction and the cost. --output gets visualize.png, and the
+    predictions as visualize.json and visualize.csv.
+
+    \b
+    Example:
+      supervit visualize supervit_small --checkpoint model_best.pth.tar photo.jpg \\
+          --subnet 224:0.7 --subnet 128:0.5 --output pictures
+    """
+    from ..tools.files import check_output_folder
+    from ..tools.results import Results, save_results
+    from ..tools.tables import list_table, print_table
+    from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image
+
+    check_output_folder(output)
+    network = create_model(model, **settings).to(resolve_device(device))
+    found = []
+    for path in images:
+        found += find_kept_tokens(network, read_image(path, network), subnets or network.subnets, Path(path).stem)
+    rows = [
+        dict(image=tokens.title, **tokens.subnet._asdict(), macs=tokens.macs, prediction=tokens.prediction,
+             probability=tokens.probability, kept={block: int(kept.sum()) for block, kept in tokens.kept.items()})
+        for tokens in found
+    ]
+    columns = ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']
+    print_table(list_table(rows, columns))
+    save_results(Results(model, rows), output, 'visualize')
+    draw_kept_tokens(found, Path(output) / 'visualize.png')

@@ -1,0 +1,208 @@
+"""Conversion of a checkpoint to a folder in the layout of the Hugging Face Hub, which timm creates models from.
+
+The checkpoint is the official SuperViT code's, timm's ``train.py``'s or a bare state dict. It is read with
+``weights_only``, so a file cannot run code. The folder holds ``model.safetensors``, ``config.json`` and a model card.
+"""
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from timm.models import load_state_dict, save_for_hf
+
+from ..models.supervit import SuperVisionTransformer
+from .results import Quantity, Results, quantity_of, subnet_of
+
+__all__ = ['CheckpointError', 'convert_checkpoint', 'model_card', 'push_folder', 'read_checkpoint']
+
+FILES = {'README.md', 'config.json', 'model.safetensors'}  # what a converted folder holds
+
+
+class CheckpointError(RuntimeError):
+    """A file that holds no weights which can be read without running code."""
+
+
+def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Any]:
+    """Read the state dict of a checkpoint, and never run code that the file brings.
+
+    Args:
+        path: File of the official code (``model``, ``model_ema``), of timm (``state_dict``, ``state_dict_ema``), a bare
+            state dict, or safetensors.
+        use_ema: Take the averaged weights where the file has them.
+
+    Raises:
+        CheckpointError: If the file asks for code to be run, is damaged, or holds no state dict.
+        FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is no file; give the checkpoint itself, as in output/train/model_best.pth.tar')
+    try:
+        if zipfile.is_zipfile(path):  # as torch.save writes; torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f'{path} is damaged: {damaged} fails its checksum; fetch or save the file again')
+        return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+    except (CheckpointError, PermissionError):
+        raise
+    except Exception as error:  # what a broken file raises can be of any kind
+        if wanted := re.search(r'GLOBAL ([\w.]+)', str(error.__cause__)):
+            raise CheckpointError(
+                f'{path} was refused: beside weights it loads {wanted[1]}, and reading it could run code. '
+                f'Save the state dict alone where the file comes from: torch.save(model.state_dict(), ...)') from error
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            reason = 'it cannot be read as weights alone, and in any other way reading it could run code'
+        else:
+            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:120]}'
+        raise CheckpointError(
+            f'{path} was refused: it is damaged or no checkpoint ({reason}). '
+            f'It should hold a state dict, or one under "model" or "state_dict"') from error
+
+
+def convert_checkpoint(
+        path: str | os.PathLike,
+        model: SuperVisionTransformer,
+        output_dir: str | os.PathLike,
+        results: Results | None = None,
+        use_ema: bool = False,
+        repo_id: str | None = None,
+) -> None:
+    """Write a checkpoint as a folder for the Hub; ``timm.create_model('local-dir:FOLDER', pretrained=True)`` reads it.
+
+    An older folder of this kind is replaced when the new one is complete.
+
+    Args:
+        path: The checkpoint, see ``read_checkpoint``.
+        model: A model with the settings of the checkpoint; it gets the weights.
+        output_dir: The folder.
+        results: Operating points for the model card.
+        use_ema: Take the averaged weights where the file has them.
+        repo_id: Repository that the model card tells readers to load, ``user/name`` (default: the folder).
+
+    Raises:
+        CheckpointError: If the weights cannot be read or do not fit the model.
+        FileExistsError: If the folder holds anything else than an older conversion.
+        FileNotFoundError: If there is no such checkpoint.
+        OSError: If the folder cannot be written.
+        ValueError: If the results are those of another model or of an interrupted run.
+    """
+    output_dir = Path(output_dir)
+    _check_replaceable(output_dir)
+    card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.name}', results)
+    state_dict = read_checkpoint(path, use_ema)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its final place, so that moving it is a renaming.
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix='.convert-') as folder:
+        new = Path(folder) / 'new'
+        # The tag of the variant names where its default weights come from, which are not these.
+        save_for_hf(model, str(new), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
+        card.save(new / 'README.md')
+        if output_dir.exists():
+            os.replace(output_dir, Path(folder) / 'old')
+        os.replace(new, output_dir)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f'{folder} is a file; choose a folder that is new or holds an older conversion')
+    others = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
+    if others:
+        raise FileExistsError(
+            f'{folder} holds {", ".join(others[:3])}{", ..." if len(others) > 3 else ""}, which would be lost; '
+            f'choose a folder that is new or holds an older conversion')
+
+
+def model_card(model: SuperVisionTransformer, source: str, results: Results | None = None) -> ModelCard:
+    """Return a model card that says what the model is, how to run it and, given results, what its subnets reach.
+
+    Args:
+        model: The model.
+        source: What ``timm.create_model`` takes to load it, such as ``hf-hub:user/name``.
+        results: Operating points.
+
+    Raises:
+        ValueError: If the results are those of another model or of an interrupted run.
+    """
+    config: Any = model.pretrained_cfg
+    data = ModelCardData(
+        library_name='timm', pipeline_tag='image-classification', license=config.get('license'),
+        tags=['image-classification', 'timm', 'timm-supervit', 'vision-transformer', 'arxiv:2205.11397'])
+    example = model.subnets[len(model.subnets) // 2]
+    sizes, rates = (', '.join(map(str, values)) for values in (model.img_sizes, model.keep_rates))
+    text = f"""
+# {source.partition(':')[2].split('/')[-1]}
+
+`{config['architecture']}`, a Super Vision Transformer ([arXiv 2205.11397](https://arxiv.org/abs/2205.11397)): one
+network that runs at many costs. Each call chooses an image size ({sizes} pixels) and a keep rate ({rates}), the share
+of the tokens that the network goes on with in its dropping blocks. It has {model.num_classes} classes.
+
+## Use
+
+`pip install timm-supervit` makes it a model of [timm](https://github.com/huggingface/pytorch-image-models):
+
+```python
+import timm
+
+model = timm.create_model('{source}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(image).unsqueeze(0), img_size={example.img_size}, keep_rate={example.keep_rate})
+```
+"""
+    if results is not None:
+        text += f"\n## Operating points\n\n{_operating_points(results, model, config['architecture'])}"
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')
+
+
+def _operating_points(results: Results, model: SuperVisionTransformer, architecture: str) -> str:
+    name = results.model.split('.')[0]
+    rows = [row for row in results.rows if subnet_of(row)]
+    if (':' not in name and name != architecture) or any(subnet_of(row) not in model.subnets for row in rows):
+        raise ValueError(
+            f'these results are of {results.model} with other settings than this {architecture}; give its own')
+    if results.info.get('partial'):
+        raise ValueError('these results are of an interrupted run, marked partial; let it run to the end')
+    keys = ('batch_size', 'precision', 'runtime', 'macs', 'top1', 'top5', 'latency_ms', 'throughput')
+    columns = ['img_size', 'keep_rate', *(key for key in keys if any(row.get(key) is not None for row in rows))]
+    quantities = [quantity_of(rows, key) for key in columns]
+    lines = [[quantity.title for quantity in quantities], ['---:'] * len(columns)]
+    for row in rows:
+        lines.append([_cell(row.get(key), quantity) for key, quantity in zip(columns, quantities, strict=True)])
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _cell(value: Any, quantity: Quantity) -> str:
+    if isinstance(value, (int, float)):
+        return f'{value / quantity.scale:.{quantity.digits}f}'
+    return '-' if value is None else str(value)
+
+
+def push_folder(folder: str | os.PathLike, repo_id: str) -> str:
+    """Upload a converted folder to the Hub, as who is logged in there; the repository is made where it is missing.
+
+    Args:
+        folder: The folder.
+        repo_id: Name of the repository, ``user/name``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RuntimeError: If it could not be uploaded; the folder is complete all the same.
+    """
+    api = HfApi(library_name='timm-supervit')
+    try:
+        repo = api.create_repo(repo_id, exist_ok=True)
+        return api.upload_folder(repo_id=repo.repo_id, folder_path=str(folder), commit_message='Add model').commit_url
+    except Exception as error:  # the kinds differ between versions of huggingface_hub and the HTTP clients under it
+        raise RuntimeError(
+            f'{folder} is complete but was not uploaded to {repo_id} ({type(error).__name__}: {error}); '
+            f'log in with "hf auth login", then: hf upload {repo_id} {folder}') from error

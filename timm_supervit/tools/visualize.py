@@ -1,0 +1,155 @@
+"""Pictures of token keeping: an image as a subnet sees it, with the patches masked that each dropping block dropped."""
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.data import (
+    CustomDatasetInfo,
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_model_data_config,
+)
+from torch import Tensor
+
+from ..models.supervit import SuperVisionTransformer, resize_images
+from ..subnets import Subnet
+from .files import replace_file
+from .results import quantity_of
+
+__all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image']
+
+_MASK_COLOR, _MASK_OPACITY = 0.93, 0.85  # light, as on paper; what was dropped shines through
+
+
+class KeptTokens(NamedTuple):
+    """What one subnet did with one image.
+
+    Attributes:
+        title: Name of the image.
+        subnet: The subnet.
+        macs: Its multiply-accumulates for one image.
+        prediction: Name of the class that it predicts.
+        probability: Probability of that class, in [0, 1].
+        image: The image at the subnet's size, values in [0, 1] [H, W, C].
+        kept: For each block that drops tokens, whether each patch is left after it [grid, grid].
+    """
+
+    title: str
+    subnet: Subnet
+    macs: int
+    prediction: str
+    probability: float
+    image: np.ndarray
+    kept: dict[int, np.ndarray]
+
+
+def read_image(path: str | os.PathLike, model: SuperVisionTransformer) -> Tensor:
+    """Read an image file and prepare it as for the model's evaluation, [C, H, W].
+
+    Raises:
+        OSError: If there is no such file or it is no image; the message names it.
+    """
+    transform: Any = create_transform(**resolve_model_data_config(model))
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert('L' if model.in_chans == 1 else 'RGB'))
+    except (OSError, SyntaxError) as error:  # the latter from broken PNG files
+        raise OSError(f'{os.fspath(path)} cannot be read as an image: {error}') from error
+
+
+def class_name(model: SuperVisionTransformer, index: int) -> str:
+    """Return the name of a class: the model's own, or ImageNet's where the number of classes is one of its subsets'."""
+    config: Any = model.pretrained_cfg
+    if config.get('label_names'):
+        info: Any = CustomDatasetInfo(config['label_names'], config.get('label_descriptions'))
+    elif subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+    else:
+        return f'class {index}'
+    return info.index_to_description(index).split(',')[0]
+
+
+@torch.inference_mode()
+def find_kept_tokens(
+        model: SuperVisionTransformer,
+        image: Tensor,
+        subnets: Sequence[Subnet],
+        title: str = '',
+) -> list[KeptTokens]:
+    """Run subnets on one image and see which patches they keep.
+
+    Args:
+        model: The model, in evaluation mode.
+        image: A prepared image [C, H, W].
+        subnets: The subnets to run.
+        title: Name of the image.
+
+    Raises:
+        ValueError: If the model has no such subnet.
+    """
+    config: Any = model.pretrained_cfg
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    x = image.unsqueeze(0).to(next(model.parameters()).device)
+    found = []
+    for subnet in subnets:
+        probability, index = model(x, **subnet._asdict()).softmax(dim=1).max(dim=1)
+        pixels = resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean  # [C, H, W]
+        found.append(KeptTokens(
+            title, subnet, model.macs(subnet), class_name(model, int(index)), probability.item(),
+            pixels.clamp(0, 1).permute(1, 2, 0).numpy(),
+            {block: _to_grid(patches[0].cpu(), model.grid_sizes[model.img_sizes.index(subnet.img_size)])
+             for block, patches in model.kept_patches(x, **subnet._asdict()).items()},
+        ))
+    return found
+
+
+def _to_grid(patches: Tensor, grid_size: int) -> np.ndarray:
+    kept = np.zeros(grid_size ** 2, dtype=bool)
+    kept[patches.numpy()] = True
+    return kept.reshape(grid_size, grid_size)
+
+
+def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> None:
+    """Draw each image before and after each dropping block, one row for each subnet, and write the picture as PNG.
+
+    Args:
+        found: The rows, from ``find_kept_tokens``.
+        path: The file to write.
+
+    Raises:
+        OSError: If the file cannot be written; one of that name is then as it was.
+    """
+    columns = 1 + max(len(row.kept) for row in found)
+    # Figure without pyplot: no display, no global state. 1600 pixels wide for the usual three dropping blocks.
+    figure = Figure(figsize=(max(8, 2 * columns), 2.55 * len(found)), layout='constrained')
+    for part, row in zip(np.ravel(figure.subfigures(len(found), 1, squeeze=False)), found, strict=True):
+        part.suptitle(_caption(row), x=0.01, horizontalalignment='left', fontsize=12, fontweight='bold')
+        cells = part.subplots(1, columns, squeeze=False)[0]
+        steps = {f'input, {row.subnet.img_size} px': row.image}
+        for block, kept in row.kept.items():
+            steps[f'block {block}: {kept.sum()} of {kept.size}'] = _mask(row.image, kept)
+        for cell in cells:
+            cell.set_axis_off()
+        for cell, (title, image) in zip(cells, steps.items(), strict=False):
+            cell.set_title(title, fontsize=11)
+            cell.imshow(image, cmap='gray', vmin=0, vmax=1)  # the colour map is for images of one channel
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=200, format='png')
+
+
+def _caption(row: KeptTokens) -> str:
+    cost = quantity_of([{'macs': row.macs}], 'macs')
+    return (
+        f'{row.title + ", " if row.title else ""}size {row.subnet.img_size}, keep rate {row.subnet.keep_rate:g}: '
+        f'{row.prediction} ({row.probability:.0%}) at {row.macs / cost.scale:.{cost.digits}f} {cost.title.split()[0]}')
+
+
+def _mask(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    patch_size = image.shape[0] // kept.shape[0]
+    dropped = ~kept.repeat(patch_size, axis=0).repeat(patch_size, axis=1)[..., None]  # [H, W, 1]
+    return np.where(dropped, image * (1 - _MASK_OPACITY) + _MASK_COLOR * _MASK_OPACITY, image)
