@@ -4,13 +4,15 @@ from typing import Any
 
 from .registration import install_hooks
 
-__all__ = ['Subnet', 'SuperViTTask', 'SuperVisionTransformer']
+__all__ = ['Subnet', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer', 'TokenLabelTask']
 
 # Where each public name lives. They are imported on first use (PEP 562), since this package is imported with torch.
 _NAMES = {
     'Subnet': '.subnets',
+    'SuperLVViT': '.models.lvvit',
     'SuperViTTask': '.task',
     'SuperVisionTransformer': '.models.supervit',
+    'TokenLabelTask': '.token_labels',
 }
 
 install_hooks()

@@ -39,13 +39,13 @@ def _register_models(models: ModuleType) -> None:
 
 
 def _extend_tasks(tasks: ModuleType) -> None:
-    """Let ``ClassificationTask(model, ...)`` create a ``SuperViTTask`` where the model is a SuperViT."""
+    """Let ``ClassificationTask(model, ...)`` create the task that a SuperViT names, a ``SuperViTTask``."""
 
     def new(cls: type, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if cls is tasks.ClassificationTask and model is not None:
-            from .task import SuperViTTask, is_supervit
+            from .task import find_task
 
-            cls = SuperViTTask if is_supervit(model) else cls
+            cls = find_task(model) or cls
         return object.__new__(cls)
 
     tasks.ClassificationTask.__new__ = staticmethod(new)

@@ -5,7 +5,8 @@ labels, networks that drop some learn from the network of their own size that ke
 update follow, both done by the training script.
 """
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,11 @@ class SubnetLoss(NamedTuple):
 def is_supervit(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, is a SuperViT."""
     return isinstance(unwrap_model(model), SuperVisionTransformer)
+
+
+def find_task(model: nn.Module) -> type | None:
+    """Return the task that trains a SuperViT, wrapped or not; None for any other model."""
+    return resolve_name(unwrap_model(model).task_class) if is_supervit(model) else None
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -121,6 +127,14 @@ class SuperViTTask(ClassificationTask):
         """
         subnets = self.sample_subnets()
         outputs = self._forward_subnets(input, subnets)
+        return self._add_up(subnets, outputs, lambda logits: self.criterion(logits, target))
+
+    def _add_up(
+            self,
+            subnets: Sequence[Subnet],
+            outputs: Sequence[Tensor],
+            label_loss: Callable[[Tensor], Tensor],
+    ) -> dict[str, Any]:
         teachers: dict[int, Tensor] = {}
         losses, roles = [], []
         for subnet, logits in zip(subnets, outputs, strict=True):
@@ -129,7 +143,7 @@ class SuperViTTask(ClassificationTask):
                 losses.append(distillation_loss(logits, teachers[subnet.img_size]))
             else:
                 roles.append('label')
-                losses.append(self.criterion(logits, target))
+                losses.append(label_loss(logits))
                 teachers[subnet.img_size] = logits
         values = torch.stack(losses)
         result = [
@@ -143,7 +157,7 @@ class SuperViTTask(ClassificationTask):
                 f'and resume from the last checkpoint')
         return {'loss': values.sum(), 'output': outputs[0], 'subnet_losses': result}
 
-    def _forward_subnets(self, *args: Any) -> list[Tensor]:
+    def _forward_subnets(self, *args: Any) -> list[Any]:
         if isinstance(self.trainable_module, DistributedDataParallel):
             return self.trainable_module(*args)
         return self.model.forward_subnets(*args)
@@ -190,5 +204,5 @@ class _ForwardSubnets(nn.Module):
         super().__init__()
         self.module: Any = module
 
-    def forward(self, *args: Any) -> list[Tensor]:
+    def forward(self, *args: Any) -> list[Any]:
         return self.module.forward_subnets(*args)
