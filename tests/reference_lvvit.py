@@ -17,7 +17,7 @@ def scale_box(box: Box, grid_size: int, new_grid_size: int) -> Box:
 
 
 def swap(x: torch.Tensor, box: Box) -> torch.Tensor:
-    """Exchange a box of the maps [B, D, H, W] between the first and the last image, the second and the last but one..."""
+    """Exchange a box of the maps [B, D, H, W] between each image and its mirror place in the batch."""
     row0, col0, row1, col1 = box
     swapped = x.clone()
     for i in range(len(x)):

@@ -2,7 +2,7 @@
 
 With one label for the image, every patch token learns that label; with a label for each patch, its own.
 """
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +28,6 @@ class TokenLabelTask(SuperViTTask):
     tokens by soft cross-entropy.
     """
 
-    model: SuperLVViT
-
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """Run one training step's forward passes.
 
@@ -49,7 +47,7 @@ class TokenLabelTask(SuperViTTask):
             ValueError: If the target has another shape.
             FloatingPointError: If a loss is not finite; the message names the subnet.
         """
-        model = self.model
+        model = cast(SuperLVViT, self.model)
         subnets = self.sample_subnets()
         grid_size = model.grid_sizes[model.img_sizes.index(subnets[0].img_size)]
         self._check_target(input, target, grid_size ** 2, subnets[0].keep_rate)
