@@ -6,7 +6,7 @@ Official code: https://github.com/lmbxmu/SuperViT
 The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
 tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..subnets import (
     transformer_macs,
 )
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock
-from .weights import adapt_state_dict
+from .weights import adapt_state_dict, check_complete
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
@@ -184,6 +184,12 @@ class SuperVisionTransformer(VisionTransformer):
         lengths = [grid_size ** 2 + self.num_embed_prefix_tokens for grid_size in self.grid_sizes]
         self.pos_embed_list = PositionEmbeddings(lengths, embed_dim, device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(adapt_state_dict)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as any module does, but all of them or, if they do not fit, none."""
+        if strict:
+            check_complete(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def subnets(self) -> list[Subnet]:

@@ -1,17 +1,17 @@
 """Reading weights: SuperViT's own and the official checkpoints as they are, plain ViT and DeiT weights resampled.
 
-The check runs in a ``load_state_dict`` pre-hook, before anything is copied. So it serves every route by which timm
-loads weights, and weights that do not fit leave the model as it was.
+The check runs in ``load_state_dict`` and its pre-hook, before anything is copied. So it serves every route by which
+timm loads weights, and weights that do not fit leave the model as it was.
 """
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-__all__ = ['adapt_state_dict']
+__all__ = ['adapt_state_dict', 'check_complete']
 
 
 def adapt_state_dict(
@@ -30,10 +30,21 @@ def adapt_state_dict(
     its grid.
 
     Raises:
-        RuntimeError: If a shape differs or, where ``strict``, a key is missing or unknown. Nothing is loaded then.
+        RuntimeError: If a shape differs or there is half of a network. Nothing is loaded then.
     """
     _spread_pos_embed(model, state_dict, prefix)
-    _check_fit(model, state_dict, prefix, strict)
+    _check_fit(model, state_dict, prefix, strict=False)  # torch tells a hook that all loading is strict
+
+
+def check_complete(model: Any, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict for strict loading.
+
+    Raises:
+        RuntimeError: If a shape differs or a key is missing or unknown.
+    """
+    adapted = dict(state_dict)
+    _spread_pos_embed(model, adapted, '')
+    _check_fit(model, adapted, '', strict=True)
 
 
 def _spread_pos_embed(model: Any, state_dict: dict[str, Any], prefix: str) -> None:
