@@ -8,6 +8,7 @@ import functools
 import sys
 import warnings
 from importlib.metadata import distribution
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
@@ -39,13 +40,15 @@ def _register_models(models: ModuleType) -> None:
 
 
 def _extend_tasks(tasks: ModuleType) -> None:
-    """Let ``ClassificationTask(model, ...)`` create the task that a SuperViT names, a ``SuperViTTask``."""
+    """Let ``ClassificationTask(model, ...)`` create a ``SuperViTTask`` where the model is a SuperViT."""
 
     def new(cls: type, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if cls is tasks.ClassificationTask and model is not None:
-            from .task import find_task
+            from timm.utils import unwrap_model
 
-            cls = find_task(model) or cls
+            from .task import is_supervit
+
+            cls = resolve_name(unwrap_model(model).task_class) if is_supervit(model) else cls
         return object.__new__(cls)
 
     tasks.ClassificationTask.__new__ = staticmethod(new)

@@ -5,8 +5,7 @@ labels, networks that drop some learn from the network of their own size that ke
 update follow, both done by the training script.
 """
 import logging
-from collections.abc import Callable, Sequence
-from pkgutil import resolve_name
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +40,6 @@ class SubnetLoss(NamedTuple):
 def is_supervit(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, is a SuperViT."""
     return isinstance(unwrap_model(model), SuperVisionTransformer)
-
-
-def find_task(model: nn.Module) -> type | None:
-    """Return the task that trains a SuperViT, wrapped or not; None for any other model."""
-    return resolve_name(unwrap_model(model).task_class) if is_supervit(model) else None
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -133,8 +127,9 @@ class SuperViTTask(ClassificationTask):
             self,
             subnets: Sequence[Subnet],
             outputs: Sequence[Tensor],
-            label_loss: Callable[[Tensor], Tensor],
+            label_loss: Any,
     ) -> dict[str, Any]:
+        # label_loss(logits) is the loss of a subnet that learns from the labels.
         teachers: dict[int, Tensor] = {}
         losses, roles = [], []
         for subnet, logits in zip(subnets, outputs, strict=True):
