@@ -32,7 +32,7 @@ from ..subnets import (
     transformer_macs,
 )
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock
-from .weights import adapt_state_dict, check_complete
+from .weights import adapt_state_dict, check_state_dict
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
@@ -185,12 +185,6 @@ class SuperVisionTransformer(VisionTransformer):
         self.pos_embed_list = PositionEmbeddings(lengths, embed_dim, device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(adapt_state_dict)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights as any module does, but all of them or, if they do not fit, none."""
-        if strict:
-            check_complete(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
-
     @property
     def subnets(self) -> list[Subnet]:
         """All subnets of the grid, cheapest first."""
@@ -249,6 +243,12 @@ class SuperVisionTransformer(VisionTransformer):
     def _schedule(self, subnet: Subnet) -> Schedule:
         num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
         return keep_schedule(num_patches, subnet.keep_rate, self.drop_layers, len(self.blocks))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as any module does, but all of them or, with an error, none; see ``models/weights.py``."""
+        if strict:
+            check_state_dict(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

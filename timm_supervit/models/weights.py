@@ -1,7 +1,7 @@
 """Reading weights: SuperViT's own and the official checkpoints as they are, plain ViT and DeiT weights resampled.
 
-The check runs in ``load_state_dict`` and its pre-hook, before anything is copied. So it serves every route by which
-timm loads weights, and weights that do not fit leave the model as it was.
+The check runs before anything is copied, in a ``load_state_dict`` pre-hook, which serves every route by which timm
+loads weights. So weights that do not fit leave the model as it was.
 """
 import math
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-__all__ = ['adapt_state_dict', 'check_complete']
+__all__ = ['adapt_state_dict', 'check_state_dict']
 
 
 def adapt_state_dict(
@@ -30,17 +30,17 @@ def adapt_state_dict(
     its grid.
 
     Raises:
-        RuntimeError: If a shape differs or there is half of a network. Nothing is loaded then.
+        RuntimeError: If a shape differs or a part of the structure is missing or unknown. Nothing is loaded then.
     """
     _spread_pos_embed(model, state_dict, prefix)
-    _check_fit(model, state_dict, prefix, strict=False)  # torch tells a hook that all loading is strict
+    _check_fit(model, state_dict, prefix, strict=False)  # torch tells its hooks True whatever the caller said
 
 
-def check_complete(model: Any, state_dict: Mapping[str, Any]) -> None:
-    """Refuse a state dict for strict loading.
+def check_state_dict(model: Any, state_dict: Mapping[str, Any]) -> None:
+    """Check that a state dict fits a SuperViT strictly: every key is known, and none is missing.
 
     Raises:
-        RuntimeError: If a shape differs or a key is missing or unknown.
+        RuntimeError: If it does not.
     """
     adapted = dict(state_dict)
     _spread_pos_embed(model, adapted, '')
@@ -67,9 +67,9 @@ def _check_fit(model: Any, state_dict: dict[str, Any], prefix: str, strict: bool
     expected = model.state_dict()
     given = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
     faults = [
-        f'{key} is {tuple(given[key].shape)} and should be {tuple(value.shape)}'
+        f'{key} is {_describe_value(given[key])} and should be {tuple(value.shape)}'
         for key, value in expected.items()
-        if isinstance(given.get(key), Tensor) and given[key].shape != value.shape
+        if key in given and not (isinstance(given[key], Tensor) and given[key].shape == value.shape)
     ]
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     # Lenient loading may pass over a head or load a head alone, but never half of the blocks or some of the sizes.
@@ -90,6 +90,10 @@ def _is_structure(keys: Iterable[str]) -> bool:
 
 def _count(state_dict: dict[str, Any], name: str) -> int:
     return len({m[1] for key in state_dict if (m := re.match(rf'{name}\.(\d+)', key))})
+
+
+def _describe_value(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f'no tensor but of type {type(value).__name__}'
 
 
 def _describe(state_dict: dict[str, Any]) -> str:
