@@ -4,13 +4,16 @@ from typing import Any
 
 from .registration import install_hooks
 
-__all__ = ['Subnet', 'SuperViTTask', 'SuperVisionTransformer']
+__all__ = ['LabelMapDataset', 'Subnet', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer', 'TokenLabelTask']
 
 # Where each public name lives. They are imported on first use (PEP 562), since this package is imported with torch.
 _NAMES = {
+    'LabelMapDataset': '.label_maps',
     'Subnet': '.subnets',
+    'SuperLVViT': '.models.lvvit',
     'SuperViTTask': '.task',
     'SuperVisionTransformer': '.models.supervit',
+    'TokenLabelTask': '.token_labels',
 }
 
 install_hooks()

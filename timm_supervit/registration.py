@@ -8,6 +8,7 @@ import functools
 import sys
 import warnings
 from importlib.metadata import distribution
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
@@ -48,9 +49,11 @@ def _extend_tasks(tasks: Any) -> None:
         # Where the models are not loaded, there is no SuperViT; and what fails here must not stop other models' tasks.
         if cls is tasks.ClassificationTask and model is not None and f'{__package__}.models.supervit' in sys.modules:
             try:
-                from .task import SuperViTTask, is_supervit
+                from timm.utils import unwrap_model
 
-                cls = SuperViTTask if is_supervit(model) else cls
+                from .task import is_supervit
+
+                cls = resolve_name(unwrap_model(model).task_class) if is_supervit(model) else cls
             except Exception as error:
                 _warn(error)
         return object.__new__(cls)

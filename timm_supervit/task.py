@@ -132,6 +132,15 @@ class SuperViTTask(ClassificationTask):
         """
         subnets = self.sample_subnets()
         outputs = self._forward_subnets(input, subnets)
+        return self._add_up(subnets, outputs, lambda logits: self.criterion(logits, target))
+
+    def _add_up(
+            self,
+            subnets: Sequence[Subnet],
+            outputs: Sequence[Tensor],
+            label_loss: Any,
+    ) -> dict[str, Any]:
+        # label_loss(logits) is the loss of a subnet that learns from the labels.
         teachers: dict[int, Tensor] = {}
         losses, roles = [], []
         for subnet, logits in zip(subnets, outputs, strict=True):
@@ -140,7 +149,7 @@ class SuperViTTask(ClassificationTask):
                 losses.append(distillation_loss(logits, teachers[subnet.img_size]))
             else:
                 roles.append('label')
-                losses.append(self.criterion(logits, target))
+                losses.append(label_loss(logits))
                 teachers[subnet.img_size] = logits
         loss = torch.stack(losses)
         subnet_losses = [SubnetLoss(*row) for row in zip(subnets, roles, loss.detach().tolist(), strict=True)]
@@ -153,7 +162,7 @@ class SuperViTTask(ClassificationTask):
             self.recent_losses[s.role, s.subnet].append(s.loss)
         return {'loss': loss.sum(), 'output': outputs[0], 'subnet_losses': subnet_losses}
 
-    def _forward_subnets(self, *args: Any) -> list[Tensor]:
+    def _forward_subnets(self, *args: Any) -> list[Any]:
         if isinstance(self.trainable_module, DistributedDataParallel):
             return self.trainable_module(*args)
         return self.model.forward_subnets(*args)
@@ -249,5 +258,5 @@ class _ForwardSubnets(nn.Module):
         super().__init__()
         self.module: Any = module
 
-    def forward(self, *args: Any) -> list[Tensor]:
+    def forward(self, *args: Any) -> list[Any]:
         return self.module.forward_subnets(*args)

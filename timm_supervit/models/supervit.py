@@ -109,7 +109,10 @@ class SuperVisionTransformer(VisionTransformer):
         drop_layers: Blocks that drop tokens, counted from 0.
         train_subnets: Which subnets a training step of ``SuperViTTask`` runs.
         share_prefix: Whether ``forward_subnets`` computes what subnets of one size have in common once.
+        task_class: The task that trains the model, as module:name.
     """
+
+    task_class = 'timm_supervit.task:SuperViTTask'
 
     def __init__(
             self,
@@ -296,9 +299,13 @@ class SuperVisionTransformer(VisionTransformer):
         self.pos_embed_list.replace(pos_embeds)
         self.subnet = Subnet(new_size, self.subnet.keep_rate)
 
-    def embed(self, x: Tensor, img_size: int) -> Tensor:
+    def embed_patches(self, x: Tensor) -> Tensor:
+        """Turn images [B, C, H, W] into patch tokens [B, N, D]; a subclass may take more that belongs to the call."""
+        return self.patch_embed(x)
+
+    def embed(self, x: Tensor, img_size: int, **kwargs: Any) -> Tensor:
         """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
-        x = self.patch_embed(resize_images(x, img_size, self.in_chans))
+        x = self.embed_patches(resize_images(x, img_size, self.in_chans), **kwargs)
         pos_embed = self.pos_embed_list.select(self.img_sizes.index(img_size))
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.no_embed_class:
@@ -363,11 +370,7 @@ class SuperVisionTransformer(VisionTransformer):
         return self.forward_head(x)
 
     def forward_subnets(self, x: Tensor, subnets: Sequence[tuple[int, float]]) -> list[Tensor]:
-        """Run several subnets on one batch.
-
-        Subnets of one size are the same network up to and including the attention of the first block in which they
-        keep different numbers of tokens, so they share that part, forward and backward, stochastic depth and dropout
-        masks included. The results and gradients are those of separate calls. ``share_prefix=False`` turns it off.
+        """Run several subnets on one batch; see ``forward_features_subnets``.
 
         Args:
             x: Images [B, C, H, W] of any size.
@@ -379,15 +382,41 @@ class SuperVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If one of them is no subnet of this model, or the images have another number of channels.
         """
+        return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets)]
+
+    def forward_features_subnets(
+            self,
+            x: Tensor,
+            subnets: Sequence[tuple[int, float]],
+            **kwargs: Any,
+    ) -> list[Tensor]:
+        """Run several subnets on one batch, up to the final norm.
+
+        Subnets of one size are the same network up to and including the attention of the first block in which they
+        keep different numbers of tokens, so they share that part, forward and backward, stochastic depth and dropout
+        masks included. The results and gradients are those of separate calls. ``share_prefix=False`` turns it off.
+
+        Args:
+            x: Images [B, C, H, W] of any size.
+            subnets: Pairs (img_size, keep_rate), in any order.
+            **kwargs: Further arguments of ``embed_patches``.
+
+        Returns:
+            The tokens that each subnet kept to the end [B, T, D], in the order of ``subnets``.
+
+        Raises:
+            ValueError: If one of them is no subnet of this model, or the images have another number of channels.
+        """
         wanted = [self._check_subnet(subnet) for subnet in subnets]
-        if not self.share_prefix:
-            return [self(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate) for subnet in wanted]
-        logits: dict[tuple[int, Schedule], Tensor] = {}
-        for img_size in dict.fromkeys(subnet.img_size for subnet in wanted):  # in the order of their first appearance
-            schedules = {self._schedule(subnet) for subnet in wanted if subnet.img_size == img_size}
-            for schedule, tokens in self._forward_branches(self.embed(x, img_size), schedules):
-                logits[img_size, schedule] = self.forward_head(self.norm(tokens))
-        return [logits[subnet.img_size, self._schedule(subnet)] for subnet in wanted]
+        passes = [subnet.img_size if self.share_prefix else i for i, subnet in enumerate(wanted)]
+        tokens: dict[int, Tensor] = {}
+        for one in dict.fromkeys(passes):  # in the order of their first appearance
+            schedules = {i: self._schedule(wanted[i]) for i in range(len(wanted)) if passes[i] == one}
+            embedded = self.embed(x, wanted[min(schedules)].img_size, **kwargs)
+            for schedule, y in self._forward_branches(embedded, set(schedules.values())):
+                y = self.norm(y)
+                tokens |= {i: y for i in schedules if schedules[i] == schedule}
+        return [tokens[i] for i in range(len(wanted))]
 
     def _forward_branches(
             self,

@@ -1,0 +1,147 @@
+"""Labels from label maps see the crop and the flip that their image sees."""
+import random
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_loader
+from timm.data.transforms_factory import create_transform
+
+from timm_supervit import LabelMapDataset
+
+PHOTOS = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-subset.tar.gz'
+COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))  # of the classes 0 to 3
+
+
+def write_map(path: Path, scores: torch.Tensor, classes: torch.Tensor) -> None:
+    """Write a label map as the published ones are: half precision, [2, 5, 18, 18]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.stack([scores.half(), classes.half()]), path)
+
+
+@pytest.fixture
+def quarters(tmp_path: Path) -> LabelMapDataset:
+    """Eight images of another shape each, of four colored quarters that their label maps name."""
+    for i in range(8):
+        width, height = 40 + 4 * i, 60 - 2 * i
+        pixels = np.zeros((height, width, 3), np.uint8)
+        classes = torch.arange(5, 10).view(5, 1, 1).repeat(1, 18, 18)
+        for color in range(4):
+            rows, cols = divmod(color, 2)
+            pixels[height // 2 * rows:, width // 2 * cols:] = COLORS[color]
+            classes[0, 9 * rows:, 9 * cols:] = color
+        path = tmp_path / 'images' / f'class{i % 2}' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        scores = torch.tensor([20., 1., 1., 1., 1.]).view(5, 1, 1).expand(5, 18, 18)
+        write_map(tmp_path / 'maps' / f'class{i % 2}' / f'{i}.pt', scores, classes)
+    return LabelMapDataset(ImageDataset(tmp_path / 'images'), tmp_path / 'maps', num_classes=10, grid_size=6)
+
+
+def load_batch(dataset: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    loader = create_loader(dataset, (3, 48, 48), 8, is_training=True, num_workers=0, device=torch.device('cpu'),
+                           mean=(0., 0., 0.), std=(1., 1., 1.), color_jitter=None, **kwargs)
+    images, target = next(iter(loader))
+    return images, target
+
+
+@pytest.mark.parametrize('use_prefetcher', [True, False])
+@pytest.mark.parametrize('flips', [dict(hflip=0.), dict(hflip=1.), dict(hflip=0.5, vflip=0.5)])
+def test_each_patch_has_the_label_of_what_it_shows(
+        quarters: LabelMapDataset,
+        flips: dict[str, float],
+        use_prefetcher: bool,
+) -> None:
+    random.seed(0)
+    compared = 0
+    for _ in range(8):
+        images, target = load_batch(quarters, scale=(0.1, 1.), use_prefetcher=use_prefetcher, **flips)
+        assert target.shape == (8, 10, 2 + 36)
+        patches = images.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).movedim(1, -1)  # [B, 6, 6, 64, 3]
+        distance = (patches.unsqueeze(-2) - torch.tensor(COLORS) / 255).abs().sum(dim=-1)
+        shown = distance.argmin(dim=-1)
+        plain = (distance.amin(dim=-1) < 0.01).all(dim=-1) & (shown == shown[..., :1]).all(dim=-1)  # of one color
+        labels = target[:, :, 2:].argmax(dim=1).unflatten(1, (6, 6))
+        assert labels[plain].equal(shown[..., 0][plain])
+        compared += int(plain.sum())
+    assert compared > 1000  # of 2,304
+
+
+def test_the_images_are_those_of_the_transform_itself(quarters: LabelMapDataset) -> None:
+    transform = create_transform((3, 48, 48), is_training=True, auto_augment='rand-m9-mstd0.5-inc1',
+                                 interpolation='random', vflip=0.5, re_prob=0.5)
+    plain = ImageDataset(quarters.dataset.reader.root, transform=transform)
+    quarters.transform = transform
+    for i in range(8):
+        images = []
+        for dataset in (quarters, plain):
+            random.seed(i)
+            np.random.seed(i)
+            torch.manual_seed(i)
+            images.append(dataset[i][0])
+        assert images[0].equal(images[1])
+
+
+def test_ground_truth_and_image_label_come_before_the_patches(quarters: LabelMapDataset) -> None:
+    _, target = quarters[5]
+    assert target[:, 0].equal(torch.eye(10)[quarters.dataset[5][1]])
+    assert target[:, 1].topk(4).indices.sort().values.equal(torch.arange(4))  # the whole image shows four classes
+    torch.testing.assert_close(target.sum(dim=0), torch.ones(38))
+
+
+def test_smoothing_gives_a_share_to_all_classes(quarters: LabelMapDataset) -> None:
+    _, sharp = quarters[0]
+    quarters.smoothing = 0.2
+    _, smooth = quarters[0]
+    torch.testing.assert_close(smooth, 0.8 * sharp + 0.02)
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason=f'the photographs are not at {PHOTOS}')
+def test_labels_follow_the_brightness_of_photographs(tmp_path: Path) -> None:
+    with tarfile.open(PHOTOS) as archive:
+        members = [member for member in archive if 'train/' in member.name and member.isfile()][:16]
+        archive.extractall(tmp_path, members, filter='data')
+    dataset = ImageDataset(tmp_path / 'cifar10-subset' / 'train')
+    for i in range(len(dataset)):
+        gray = dataset[i][0].convert('L').resize((18, 18), Image.Resampling.BOX)
+        scores = torch.zeros(5, 18, 18)
+        scores[0] = torch.from_numpy(np.array(gray)).float() / 25
+        write_map(tmp_path / 'maps' / Path(dataset.filename(i)).with_suffix('.pt'), scores,
+                  torch.arange(5).view(5, 1, 1).expand(5, 18, 18))
+    labels = LabelMapDataset(dataset, tmp_path / 'maps', num_classes=10)
+    loader = create_loader(labels, (3, 224, 224), 16, is_training=True, scale=(0.3, 1.), num_workers=0,
+                           mean=(0., 0., 0.), std=(1., 1., 1.), color_jitter=None, device=torch.device('cpu'))
+    images, target = next(iter(loader))
+    brightness = (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    brightness = torch.nn.functional.avg_pool2d(brightness, 16).flatten(1)  # [B, 196]
+    scores = target[:, 0, 2:].log() - target[:, 1, 2:].log()
+    for one, other in zip(scores, brightness, strict=True):
+        assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize('settings', [
+    dict(is_training=False), dict(is_training=True, no_aug=True), dict(is_training=True, train_crop_mode='rkrc')])
+def test_a_transform_that_labels_cannot_follow_is_refused(quarters: LabelMapDataset, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='random resized crop'):
+        create_loader(quarters, (3, 48, 48), 8, num_workers=0, **settings)
+
+
+@pytest.mark.parametrize('content, message', [
+    (torch.zeros(2, 5, 18), r'\(2, 5, 18\)'),
+    ([1, 2], 'holds list'),
+    (torch.full((2, 5, 18, 18), 10.), 'class 10, beyond num_classes=10'),
+])
+def test_a_file_that_holds_no_label_map_is_refused(quarters: LabelMapDataset, content: Any, message: str) -> None:
+    torch.save(content, quarters.label_root / 'class0' / '0.pt')
+    with pytest.raises(ValueError, match=message):
+        quarters[0]
+
+
+def test_a_label_map_is_never_run_as_code(quarters: LabelMapDataset) -> None:
+    torch.save(Path('anything but a tensor'), quarters.label_root / 'class0' / '0.pt')
+    with pytest.raises(Exception, match='weights_only'):
+        quarters[0]
