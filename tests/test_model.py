@@ -1,4 +1,5 @@
 """SuperViT is a vision transformer of timm with subnets: what a call may and may not do, and all that a ViT does."""
+import argparse
 import copy
 import io
 import pickle
@@ -12,8 +13,11 @@ import torch
 from reference import ReferenceSuperViT
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import create_optimizer_v2
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, in spite of its place
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_supervit import Subnet, SuperVisionTransformer
@@ -89,6 +93,17 @@ def test_settings_arrive_through_create_model_in_any_order_and_as_lists(small_mo
     assert (model.img_sizes, model.keep_rates, model.drop_layers) == ((32, 64), (0.25, 1.0), (0, 2))
     assert model.subnet == Subnet(32, 0.25)
     assert model.train_subnets == 'all'
+
+
+def test_settings_arrive_through_the_model_kwargs_of_timm_s_scripts() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    kwargs = parser.parse_args([
+        '--model-kwargs', 'img_sizes=(12,24)', 'keep_rates=[0.3,1.0]', 'drop_layers=2,', 'img_size=12',
+        'keep_rate=0.3', 'train_subnets=active']).model_kwargs
+    model = timm.create_model('supervit_digits', **kwargs)
+    assert (model.img_sizes, model.keep_rates, model.drop_layers) == ((12, 24), (0.3, 1.0), (2,))
+    assert (model.subnet, model.train_subnets) == (Subnet(12, 0.3), 'active')
 
 
 def test_the_active_subnet_is_assignable_and_is_what_a_call_runs(small_model: Any, images: Tensor) -> None:
@@ -256,6 +271,31 @@ def test_any_rate_is_allowed(small_model: Any, images: Tensor, keep_rate: float)
     tokens = model.forward_features(images, keep_rate=keep_rate)
     assert 2 <= tokens.shape[1] <= 17
     assert model(images, keep_rate=keep_rate).isfinite().all()
+
+
+class RecordOperators(TorchDispatchMode):
+    """Takes down the name and the shapes of the results of everything that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        self.shapes += [tuple(t.shape) for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        return result
+
+
+def test_dropping_makes_no_attention_matrix_and_sorts_nothing(small_model: Any, images: Tensor) -> None:
+    model = small_model()
+    with torch.no_grad(), RecordOperators() as record:
+        model(images, keep_rate=0.6)  # 17, 12 and 9 tokens
+    assert not any(shape[-2:] in ((17, 17), (12, 12), (9, 9)) for shape in record.shapes)
+    assert record.names.count('topk') == record.names.count('index_select') == 2
+    assert not {'sort', 'argsort', 'gather', 'take_along_dim'} & set(record.names)
+    assert sum('scaled_dot_product' in name for name in record.names) == 4
 
 
 # --- gradients ---

@@ -7,10 +7,12 @@ import os
 import pkgutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
 import timm_supervit
 
@@ -66,6 +68,15 @@ def test_timm_knows_the_models_without_an_import_of_this_package() -> None:
     assert {'supervit_tiny.deit_in1k', 'supervit_small.deit_in1k', 'supervit_base.deit_in1k'} <= set(pretrained)
     assert created == 'SuperVisionTransformer'
     assert errors == ''
+
+
+def test_every_factory_is_an_entry_point() -> None:
+    entry_points = distribution('timm-supervit').entry_points
+    assert {e.name for e in entry_points.select(group='timm.models')} == set(timm.list_models('supervit*'))
+    for entry_point in entry_points.select(group='timm.models'):
+        assert entry_point.load() is timm.models.model_entrypoint(entry_point.name)
+    assert [e.value for e in entry_points.select(group='torch.backends')] == [
+        'timm_supervit.registration:install_hooks']
 
 
 def test_importing_torch_alone_imports_no_timm_and_says_nothing() -> None:

@@ -476,3 +476,8 @@ def test_a_damaged_file_changes_nothing_and_is_named(create: Any, tmp_path: Path
     assert_same_weights(model, before)
     with pytest.raises(RuntimeError, match=rf'(?s){re.escape(str(path))}: \S.*truncated or corrupt, download or save'):
         create(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=10))
+
+
+def test_a_model_without_pretrained_weights_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r'^No pretrained weights exist for supervit_digits'):
+        timm.create_model('supervit_digits', pretrained=True)

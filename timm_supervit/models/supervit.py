@@ -610,11 +610,13 @@ def create_supervit(
             **kwargs,
         )
     except (EOFError, RuntimeError, SafetensorError) as error:
-        if not pretrained:
-            raise
+        # The readers of timm and torch don't name what they read.
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        source = cfg.file or cfg.hf_hub_id or cfg.url
+        if not pretrained or not source:
+            raise
         raise RuntimeError(
-            f'Could not load weights from {cfg.file or cfg.hf_hub_id or cfg.url}: {str(error) or "nothing in it"}. '
+            f'Could not load weights from {source}: {str(error) or "nothing in it"}. '
             f'If the file is truncated or corrupt, download or save it again.') from error
     if largest:
         # What a loader should deliver: the largest size, from which the others are resized inside.
