@@ -55,7 +55,7 @@ def run_task(model: Any, images: torch.Tensor, target: torch.Tensor, subnets: li
     task.sample_subnets = lambda: [type(model.subnet)(*subnet) for subnet in subnets]  # type: ignore[method-assign]
     result = task(images, target)
     result['loss'].backward()
-    return [subnet_loss.loss for subnet_loss in result['subnet_losses']]
+    return [torch.tensor(subnet_loss.loss, dtype=torch.float64) for subnet_loss in result['subnet_losses']]
 
 
 def assert_gradients(model: Any, expected: dict[str, torch.Tensor]) -> None:
