@@ -13,6 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import timm
+import torch
 from hub_server import hub_environment, serve
 from timm.models import save_for_hf
 
@@ -47,14 +48,20 @@ def add_to_list(source: str, name: str, items: list[str]) -> str:
     return source[:match.end(1)] + lines + source[match.end(1):]
 
 
-def fill_hub(root: Path, names: list[str]) -> None:
-    """Make a repository with random weights for every one from which the models take pretrained weights."""
+def provide_weights(hub: Path, torch_home: Path, names: list[str]) -> None:
+    """Put random weights where the models look for pretrained ones: on the Hub and in torch's download cache."""
     for name in names:
         for tagged in timm.list_pretrained(f'{name}.*'):
-            repository = timm.models.get_pretrained_cfg(tagged).hf_hub_id
+            cfg = timm.models.get_pretrained_cfg(tagged)
+            if cfg.url:
+                cached = torch_home / 'hub' / 'checkpoints' / cfg.url.rpartition('/')[2]
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(timm.create_model(name).state_dict(), cached)
+                continue
+            repository = cfg.hf_hub_id
             plain = repository.partition('/')[2].partition('.')[0]
             model = timm.create_model(plain if timm.is_model(plain) else name)
-            save_for_hf(model, str(root / repository), safe_serialization=True)
+            save_for_hf(model, str(hub / repository), safe_serialization=True)
 
 
 def main() -> int:
@@ -71,13 +78,14 @@ def main() -> int:
         source = add_to_list(source, 'FEAT_INTER_FILTERS', sorted(modules))
         source = add_to_list(source, 'NON_STD_FILTERS', ['supervit_*'])
         tests.write_text(source)
-        fill_hub(folder / 'hub', names)
+        provide_weights(folder / 'hub', folder / 'torch', names)
         with serve(folder / 'hub') as url:
             command = [
                 sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-q', '-ra',
                 '-k', f'({" or ".join(names)}) and not torchscript', str(tests), *sys.argv[1:]]
             return subprocess.run(
-                command, check=False, cwd=folder, env=hub_environment(url, folder / 'cache')).returncode
+                command, check=False, cwd=folder,
+                env={**hub_environment(url, folder / 'cache'), 'TORCH_HOME': str(folder / 'torch')}).returncode
 
 
 if __name__ == '__main__':
