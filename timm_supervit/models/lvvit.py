@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from timm.layers import PatchEmbed
-from timm.models import generate_default_cfgs, register_model
+from timm.models import clean_state_dict, generate_default_cfgs, register_model
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
@@ -275,7 +275,7 @@ def _halve(patch_size: int) -> int:
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return the weights of a checkpoint of timm's saver, which some of the released files may be."""
-    return state_dict.get('state_dict', state_dict)
+    return clean_state_dict(state_dict.get('state_dict', state_dict))
 
 
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
