@@ -15,12 +15,14 @@ from collections.abc import Callable
 import timm
 import torch
 from reference import ReferenceSuperViT, soft_cross_entropy, training_step
+from reference_lvvit import ReferenceLVViT
 
 from timm_supervit import Subnet, SuperVisionTransformer, SuperViTTask
+from timm_supervit.models.lvvit import ScaledResidualBlock, SuperLVViT
 from timm_supervit.models.token_keeping import TokenKeepingBlock
 
 
-class KeepFirstBlock(TokenKeepingBlock):
+class KeepFirst:
     """Drops as many tokens as the block of the package, without looking which: what dropping costs at least."""
 
     def attend(self, x):
@@ -28,6 +30,14 @@ class KeepFirstBlock(TokenKeepingBlock):
 
     def keep(self, x, scores, num_keep):
         return x[:, :self.num_prefix_tokens + num_keep], scores
+
+
+class KeepFirstBlock(KeepFirst, TokenKeepingBlock):
+    pass
+
+
+class KeepFirstScaledBlock(KeepFirst, ScaledResidualBlock):
+    pass
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -58,10 +68,14 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> tuple[float, s
 def networks(args: argparse.Namespace) -> tuple[SuperVisionTransformer, SuperVisionTransformer, ReferenceSuperViT]:
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=1000)
-    reference = ReferenceSuperViT(embed_dim=model.embed_dim, num_heads=model.blocks[0].attn.num_heads)
+    settings = dict(embed_dim=model.embed_dim, depth=len(model.blocks), num_heads=model.blocks[0].attn.num_heads)
+    if isinstance(model, SuperLVViT):
+        settings['skip_lam'] = 1 / getattr(model.blocks[0].ls1, 'factor', 1.)
+        reference, block_fn = ReferenceLVViT(**settings), KeepFirstScaledBlock
+    else:
+        reference, block_fn = ReferenceSuperViT(**settings), KeepFirstBlock
     reference.load_state_dict(model.state_dict())
-    keep_first = SuperVisionTransformer(
-        embed_dim=model.embed_dim, num_heads=model.blocks[0].attn.num_heads, block_fn=KeepFirstBlock)
+    keep_first = type(model)(**settings, block_fn=block_fn)
     keep_first.load_state_dict(model.state_dict())
     return tuple(m.to(args.device) for m in (model, keep_first, reference))
 

@@ -626,21 +626,21 @@ def create_supervit(
 
 @register_model
 def supervit_tiny(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
-    """SuperViT of DeiT-Ti's size."""
+    """SuperViT of DeiT-Ti's size. Tag deit_in1k: plain DeiT weights, a start and not SuperViT-trained."""
     model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
     return create_supervit('supervit_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def supervit_small(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
-    """SuperViT of DeiT-S's size, the network of the paper."""
+    """SuperViT of DeiT-S's size, as in the paper. Tag deit_in1k: plain DeiT weights, a start and not SuperViT-trained."""
     model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
     return create_supervit('supervit_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def supervit_base(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
-    """SuperViT of DeiT-B's size."""
+    """SuperViT of DeiT-B's size. Tag deit_in1k: plain DeiT weights, a start and not SuperViT-trained."""
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
     return create_supervit('supervit_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
