@@ -604,5 +604,5 @@ def supervit_digits(pretrained: bool = False, **kwargs: Any) -> SuperVisionTrans
     """SuperViT small enough to train on handwritten digits in minutes, on a CPU."""
     model_args = dict(
         img_sizes=(12, 16, 20, 24), drop_layers=(1, 3, 4),
-        patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2.)
+        patch_size=4, embed_dim=64, depth=6, num_heads=2, mlp_ratio=2.)
     return create_supervit('supervit_digits', pretrained=pretrained, **dict(model_args, **kwargs))
