@@ -81,8 +81,8 @@ def test_evaluate_prints_the_table_and_writes_the_files(checkpoint, images, tmp_
     assert result.exit_code == 0, result.output
     assert 'top-1' in result.stdout and 'MMACs' in result.stdout
     content = json.loads((tmp_path / 'evaluate.json').read_text())
-    counts = [(row['img_size'], row['keep_rate'], row['count']) for row in content['rows']]
-    assert counts == [(16, 0.4, 5), (24, 1.0, 5)]
+    points = [(row['img_size'], row['keep_rate'], row['count']) for row in content['rows']]
+    assert points == [(16, 0.4, 5), (24, 1.0, 5)]
     assert content['info']['precision'] == 'bfloat16'
     assert {path.name for path in tmp_path.iterdir()} == {'evaluate.json', 'evaluate.csv', 'evaluate.png'}
 
@@ -100,7 +100,7 @@ def test_evaluate_prints_the_table_and_writes_the_files(checkpoint, images, tmp_
     (['--unknown'], 2, 'No such option'),
 ])
 def test_what_is_wrong_is_one_line_and_an_exit_code(checkpoint, images, arguments, code, message):
-    defaults = {'--data-dir': images, '--num-classes': 2, '--checkpoint': checkpoint, '--workers': 0, '--device': 'cpu'}
+    defaults = {'--data-dir': images, '--num-classes': 2, '--checkpoint': checkpoint, '--workers': 0}
     given = [str(item) for pair in defaults.items() if pair[0] not in arguments for item in pair]
     if '--num-classes' in arguments:
         given = [item for item in given if item not in ('--checkpoint', str(checkpoint))]

@@ -47,9 +47,7 @@ def make_rows():
     # 20:0.5 is worse than the cheaper 16:1.0.
     values = [(12, 0.5, 1, 80.0), (12, 1.0, 2, 90.0), (16, 1.0, 3, 94.0), (20, 0.5, 4, 93.0), (24, 1.0, 8, 97.0)]
     return [
-        dict(
-            img_size=size, keep_rate=rate, macs=cost * 10 ** 6, top1=top1,
-            latency_ms=10. * cost, throughput=100 / cost)
+        dict(img_size=size, keep_rate=rate, macs=cost * 10**6, top1=top1, latency_ms=10. * cost, throughput=100 / cost)
         for size, rate, cost, top1 in values
     ]
 

@@ -633,7 +633,7 @@ def supervit_tiny(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransfo
 
 @register_model
 def supervit_small(pretrained: bool = False, **kwargs: Any) -> SuperVisionTransformer:
-    """SuperViT of DeiT-S's size, as in the paper. Tag deit_in1k: plain DeiT weights, a start and not SuperViT-trained."""
+    """SuperViT of DeiT-S's size, the paper's. Tag deit_in1k: plain DeiT weights, a start and not SuperViT-trained."""
     model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
     return create_supervit('supervit_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
@@ -650,5 +650,5 @@ def supervit_digits(pretrained: bool = False, **kwargs: Any) -> SuperVisionTrans
     """SuperViT small enough to train on handwritten digits in minutes, on a CPU."""
     model_args = dict(
         img_sizes=(12, 16, 20, 24), drop_layers=(1, 3, 4),
-        patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2.)
+        patch_size=4, embed_dim=64, depth=6, num_heads=2, mlp_ratio=2.)
     return create_supervit('supervit_digits', pretrained=pretrained, **dict(model_args, **kwargs))
