@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ['check_output_folder', 'replace_file', 'write_text']
+__all__ = ['check_output_folder', 'fill_folder', 'replace_file', 'write_text']
 
 
 @contextlib.contextmanager
@@ -35,6 +35,23 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(error.errno, f'{error.strerror or error}: {path} was not written and is as it was') from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def fill_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder to write to, and move its files to ``folder`` at the end; other files there stay.
+
+    If the block raises, nothing is moved.
+
+    Raises:
+        OSError: If the folder cannot be written to; the message names it.
+    """
+    folder = Path(folder)
+    check_output_folder(folder)
+    with tempfile.TemporaryDirectory(prefix='.', dir=folder) as temporary:
+        yield Path(temporary)
+        for path in sorted(Path(temporary).iterdir()):
+            os.replace(path, folder / path.name)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
