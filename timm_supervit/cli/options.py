@@ -32,19 +32,24 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the name of ``--model-kwargs`` before each of its values, as click wants it."""
         expanded: list[str] = []
-        in_kwargs = False
+        values = -1  # how many values of --model-kwargs stand before this place; -1 elsewhere
         for arg in args:
             if arg == '--model-kwargs':
-                in_kwargs = True
-                continue
-            in_kwargs = in_kwargs and '=' in arg and not arg.startswith('-')
-            expanded += ['--model-kwargs', arg] if in_kwargs else [arg]
+                values = 0
+            elif values == 0 or (values > 0 and '=' in arg and not arg.startswith('-')):
+                expanded += ['--model-kwargs', arg]
+                values += 1
+            else:
+                expanded.append(arg)
+                values = -1
         return super().parse_args(ctx, expanded)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what users can mend into a message."""
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):  # RuntimeErrors too, but no failures
+            raise
         except ModuleNotFoundError as error:
             if (error.name or '').partition('.')[0] not in _EXTRA:
                 raise

@@ -93,19 +93,21 @@ def command(
     by_setting: dict[str, list[dict[str, Any]]] = {}
     for row in results.rows:
         by_setting.setdefault('batch {batch_size}, {precision}, {runtime}'.format(**row), []).append(row)
-    names = ['model', 'img_size', 'keep_rate']
-    columns = ['macs', 'latency_ms', 'latency_p90_ms', 'latency IQR [ms]', 'throughput', 'memory_mib']
-    compared: dict[tuple[Any, ...], dict[str, Any]] = {}
+    columns = ['macs', 'latency_ms', 'latency_p90_ms', 'latency, IQR [ms]', 'throughput', 'memory_mib']
+    compared: dict[str, dict[str, Any]] = {}
     for setting, rows in by_setting.items():
-        shown = [{'model': model, **row, 'latency IQR [ms]': row['latency_iqr_ms']} for row in rows]
-        print_table(list_table(shown, names + columns, title=setting))
+        shown = [{**row, 'network': _network(row), 'latency, IQR [ms]': row['latency_iqr_ms']} for row in rows]
+        print_table(list_table(shown, ['network', *columns], title=f'{model}, {setting}'))
         for row in shown:
-            identity = {key: row.get(key) for key in names}
-            compared.setdefault(tuple(identity.values()), identity)[setting] = row['latency_ms']
+            compared.setdefault(row['network'], {'network': row['network']})[setting] = row['latency_ms']
     if len(by_setting) > 1:
-        print_table(list_table(list(compared.values()), [*names, *by_setting], title='latency, median [ms]'))
+        print_table(list_table(list(compared.values()), ['network', *by_setting], title='latency, median [ms]'))
     if output:
         save_results(results, output, 'profile')
         for setting, rows in by_setting.items():
             suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
             draw_operating_points(rows, f'{output}/profile{suffix}.png', y='latency_ms', title=f'{model}, {setting}')
+
+
+def _network(row: dict[str, Any]) -> str:
+    return row.get('model') or f'{row["img_size"]}:{row["keep_rate"]:g}'
