@@ -86,7 +86,7 @@ def test_a_file_that_differs_from_the_model_fails_the_export_and_leaves_the_fold
     write = export.write_program
     monkeypatch.setattr(
         export, 'write_program',
-        lambda network, path, format: write(export.FixedSubnet(wrong, network.subnet), path, format))
+        lambda network, *args: write(export.FixedSubnet(wrong, network.subnet), *args))
     with pytest.raises(ExportError, match=r'supervit_digits-24-0.7.pt2 differs from the model by .* at batch size 1'):
         export_subnets(model, SUBNETS[1:], tmp_path, 'pt2')
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {

@@ -11,6 +11,7 @@ __all__ = ['main']
 
 # Each is the click command ``command`` in the file of its name. The help stands here so that listing imports nothing.
 _COMMANDS = {
+    'profile': 'Measure what each subnet costs: MACs, latency, throughput and memory.',
     'visualize': 'Draw which patches of an image each subnet keeps.',
     'export': 'Write subnets as ONNX files or torch.export programs, checked against the model.',
     'convert': 'Turn a checkpoint into a model folder for the Hugging Face Hub.',

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
@@ -78,7 +78,7 @@ def export_subnets(
         for subnet in progress(subnets):
             path = Path(folder) / f'{name}-{subnet.img_size}-{subnet.keep_rate}.{format}'
             network = FixedSubnet(model, subnet)
-            write_program(network, path, format)
+            write_program(network, _example_images(model, _TRACED_BATCH_SIZE), path, format)
             files.append({
                 'file': path.name,
                 'img_size': subnet.img_size,
@@ -96,18 +96,18 @@ def export_subnets(
     return manifest
 
 
-def write_program(network: FixedSubnet, path: str | os.PathLike, format: str) -> None:
-    """Write one subnet as a program that takes ``image`` [B, C, H, W] and returns ``logits`` [B, num_classes].
+def write_program(network: nn.Module, images: Tensor, path: str | os.PathLike, format: str) -> None:
+    """Write a network as a program that takes ``image`` [B, C, H, W] and returns ``logits`` [B, num_classes].
 
     Args:
-        network: The subnet, in evaluation mode.
+        network: A network of images alone, such as a ``FixedSubnet``, in evaluation mode.
+        images: Two images or more to trace it with [B, C, H, W]; the program takes any number of that size.
         path: The file.
         format: ``onnx`` or ``pt2``.
     """
-    image = example_images(network.model, _TRACED_BATCH_SIZE)
-    shapes = {'x': {0: torch.export.Dim('batch', min=1)}}
+    shapes = ({0: torch.export.Dim('batch', min=1)},)
     with torch.no_grad():
-        program = torch.export.export(network, (image,), dynamic_shapes=shapes)
+        program = torch.export.export(network, (images,), dynamic_shapes=shapes)
     if format == 'pt2':
         torch.export.save(program, path)
         return
@@ -149,12 +149,11 @@ def load_program(path: str | os.PathLike, device: torch.device | str = 'cpu') ->
     return lambda x: torch.from_numpy(session.run(None, {'image': x.cpu().numpy()})[0])
 
 
-def example_images(model: SuperVisionTransformer, batch_size: int) -> Tensor:
+def _example_images(model: SuperVisionTransformer, batch_size: int) -> Tensor:
     """Return noise in the place of normalized images [B, C, H, W] of the model's largest size, the same each time."""
     shape = (batch_size, model.in_chans, model.img_sizes[-1], model.img_sizes[-1])
-    parameter = next(model.parameters())
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(batch_size))
-    return noise.to(parameter.device, parameter.dtype)
+    return noise.to(next(model.parameters()).device)
 
 
 @torch.inference_mode()
@@ -162,7 +161,7 @@ def _compare(network: FixedSubnet, path: Path) -> dict[str, float]:
     program = load_program(path)
     differences = {}
     for batch_size in BATCH_SIZES:
-        images = example_images(network.model, batch_size)
+        images = _example_images(network.model, batch_size)
         logits, expected = program(images).cpu(), network(images).cpu()
         differences[str(batch_size)] = difference = (logits - expected).abs().max().item()
         if not difference <= TOLERANCE:

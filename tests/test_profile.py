@@ -1,0 +1,148 @@
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+
+from timm_supervit import Subnet
+from timm_supervit.cli import main
+from timm_supervit.tools import profile as profile_file
+from timm_supervit.tools.profile import peak_allocation, profile
+from timm_supervit.tools.results import load_results
+
+SETTINGS = dict(embed_dim=48, depth=2, drop_layers=(1,))
+KWARGS = ['--model-kwargs', 'embed_dim=48', 'depth=2', 'drop_layers=(1,)']
+
+
+@pytest.fixture
+def model():
+    return timm.create_model('supervit_digits', **SETTINGS).eval()
+
+
+def test_every_network_is_measured_in_every_setting(model):
+    subnets = [Subnet(12, 0.5), Subnet(24, 0.7)]
+    results = profile(
+        model, subnets, 'supervit_digits', peers=['test_vit'], batch_sizes=(1, 3), precisions=('float32', 'bfloat16'),
+        rounds=3)
+    measured = [
+        (row.get('model', (row.get('img_size'), row.get('keep_rate'))), row['batch_size'], row['precision'])
+        for row in results.rows]
+    assert measured == list(itertools.product([*subnets, 'test_vit'], (1, 3), ('float32', 'bfloat16')))
+    for row in results.rows:
+        assert 0 < row['latency_ms'] <= row['latency_p90_ms']
+        assert row['throughput'] == pytest.approx(1e3 * row['batch_size'] / row['latency_ms'])
+    assert [row['macs'] for row in results.rows[::4][:2]] == [model.macs(subnet) for subnet in subnets]
+
+
+def test_each_round_measures_each_network_once_and_in_a_new_order(model):
+    calls, rounds = [], []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((kwargs['img_size'], len(args[0]))), with_kwargs=True)
+
+    def watch(steps):
+        for step in steps:
+            calls.clear()
+            yield step
+            rounds.append(list(calls))
+
+    profile(model, [Subnet(size, 1.0) for size in model.img_sizes], batch_sizes=(1, 2), rounds=4, progress=watch)
+    rounds = rounds[-4:]  # the steps before prepare the networks
+    expected = sorted(itertools.product(model.img_sizes, (1, 2)))
+    for order in rounds:
+        assert sorted(set(order)) == expected
+        runs = [(key, len(list(group))) for key, group in itertools.groupby(order)]
+        assert len(runs) == len(expected)  # a network is warmed up and measured before the next one's turn
+        assert {count for _, count in runs} == {3}  # two calls to warm up and the one that counts
+    assert len({tuple(order) for order in rounds}) == 4
+
+
+def test_latency_is_the_median_and_the_spread_of_the_single_calls(model, monkeypatch):
+    seconds = [0.001 * i for i in (9, 1, 5, 3, 7, 2, 8, 4, 6, 11, 10)]
+    monkeypatch.setattr(profile_file, '_measure', lambda candidates, rounds, progress: [seconds] * len(candidates))
+    row = profile(model, [Subnet(12, 1.0)], batch_sizes=(3,), rounds=11).rows[0]
+    assert row['latency_ms'] == pytest.approx(6)
+    assert row['latency_p90_ms'] == pytest.approx(10)
+    assert row['latency_iqr_ms'] == pytest.approx(5)
+    assert row['throughput'] == pytest.approx(500)
+
+
+def test_peak_allocation_is_what_is_alive_at_once():
+    def run():
+        first = torch.empty(1_000_000, dtype=torch.uint8)
+        del first
+        second = torch.empty(700_000, dtype=torch.uint8)
+        third = torch.empty(500_000, dtype=torch.uint8)
+        return len(second) + len(third)
+
+    assert peak_allocation(run, 'cpu') == 1_200_000
+
+
+def test_peak_memory_is_the_weights_and_what_a_call_needs(model):
+    small, large = profile(model, [Subnet(24, 1.0)], batch_sizes=(1, 64), rounds=2).rows
+    weights = sum(parameter.nbytes for parameter in model.parameters()) / 2 ** 20
+    hidden = 37 * 96 * 4 / 2 ** 20  # float32 activations of one image inside the FFN, the widest that there are
+    assert small['memory_mib'] > weights + hidden
+    assert large['memory_mib'] > weights + 64 * hidden
+    assert large['memory_mib'] < weights + 64 * 10 * hidden  # far less than all layers' activations together
+
+
+def test_as_many_subnets_are_compiled_as_are_asked_for(model, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
+    results = profile(model, runtimes=['compile'], rounds=2)
+    assert len(compiled) == len(results.rows) == 12  # four more than torch compiles before it gives up
+
+
+def test_onnxruntime_is_measured_beside_torch(model):
+    results = profile(model, [Subnet(16, 0.5)], peers=['test_vit'], runtimes=['eager', 'onnx'], rounds=2)
+    assert [row['runtime'] for row in results.rows] == ['eager', 'onnx', 'eager', 'onnx']
+    assert [row['memory_mib'] is None for row in results.rows] == [False, True, False, True]
+    assert all(np.isfinite(row['latency_ms']) for row in results.rows)
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+    (dict(runtimes=['onnx'], precisions=['bfloat16']), 'onnx runs in float32 only, not in bfloat16'),
+    (dict(runtimes=['jit']), "runtime 'jit' is unknown"),
+    (dict(precisions=['int8']), "precision 'int8' is unknown"),
+    (dict(batch_sizes=[0]), 'batch size 0'),
+    (dict(rounds=1), 'rounds 1 shows no spread'),
+    (dict(subnets=[(17, 0.5)]), 'img_size 17'),
+])
+def test_settings_that_cannot_be_measured_are_refused(model, settings, message):
+    settings['subnets'] = [Subnet(*subnet) for subnet in settings.get('subnets', [(12, 0.5)])]
+    with pytest.raises(ValueError, match=message):
+        profile(model, **settings)
+
+
+def test_the_command_writes_tables_and_one_picture_for_each_setting(tmp_path):
+    arguments = ['--subnet', '12:0.5', '--vs', 'test_vit', '-b', '1', '-b', '2', '--rounds', '2', '--device', 'cpu']
+    result = CliRunner().invoke(main, [
+        'profile', 'supervit_digits', *arguments, '--output', str(tmp_path), *KWARGS])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'profile.json', 'profile.csv', 'profile-batch-1-float32-eager.png', 'profile-batch-2-float32-eager.png'}
+    rows = load_results(tmp_path / 'profile.json').rows
+    assert [row['batch_size'] for row in rows] == [1, 2, 1, 2]
+    assert f'{rows[0]["latency_ms"]:.2f}' in result.stdout
+    assert 'test_vit' in result.stdout
+
+
+@pytest.mark.parametrize(('arguments', 'exit_code', 'message'), [
+    (['--vs', 'no_such_model'], 1, 'no_such_model'),
+    (['--runtime', 'jit'], 2, 'jit'),
+    (['-b', '0'], 2, '0'),
+    (['--subnet', '17:0.5'], 1, 'img_size 17'),
+])
+def test_the_command_explains_what_it_cannot_measure(arguments, exit_code, message):
+    result = CliRunner().invoke(main, ['profile', 'supervit_digits', '--device', 'cpu', *arguments, *KWARGS])
+    assert result.exit_code == exit_code
+    assert message in result.stderr
