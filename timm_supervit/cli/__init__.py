@@ -11,14 +11,14 @@ __all__ = ['main']
 
 # Each is the click command ``command`` in the file of its name. The help stands here so that listing imports nothing.
 _COMMANDS = {
+    'quickstart': 'Train a small SuperViT on handwritten digits and show what each of its subnets can do.',
+    'evaluate': 'Measure the accuracy of every subnet in one pass over a data set.',
     'profile': 'Measure what each subnet costs: MACs, latency, throughput and memory.',
+    'choose': 'Choose the most accurate subnet that fits a budget.',
     'visualize': 'Draw which patches of an image each subnet keeps.',
     'export': 'Write subnets as ONNX files or torch.export programs, checked against the model.',
     'convert': 'Turn a checkpoint into a model folder for the Hugging Face Hub.',
-    'quickstart': 'Train a small SuperViT on handwritten digits and show what each of its subnets can do.',
     'recipe': 'Print a training recipe as the YAML that timm\'s train.py reads.',
-    'evaluate': 'Measure the accuracy of every subnet in one pass over a data set.',
-    'choose': 'Choose the most accurate subnet that fits a budget.',
 }
 
 
