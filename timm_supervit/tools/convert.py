@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
 from timm.models import load_state_dict, save_for_hf
 
 from ..models.supervit import SuperVisionTransformer
+from .files import check_output_folder
 from .results import Quantity, Results, quantity_of, subnet_of
 
 __all__ = ['CheckpointError', 'convert_checkpoint', 'model_card', 'push_folder', 'read_checkpoint']
@@ -93,19 +95,22 @@ def convert_checkpoint(
     """
     output_dir = Path(output_dir)
     _check_replaceable(output_dir)
+    check_output_folder(output_dir.parent)
     card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.name}', results)
     state_dict = read_checkpoint(path, use_ema)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise CheckpointError(f'{path}: {error}') from error
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside its final place, so that moving it is a renaming.
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix='.convert-') as folder:
         new = Path(folder) / 'new'
-        # The tag of the variant names where its default weights come from, which are not these.
-        save_for_hf(model, str(new), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
-        card.save(new / 'README.md')
+        try:
+            # The tag of the variant names where its default weights come from, which are not these.
+            save_for_hf(model, str(new), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
+            card.save(new / 'README.md')
+        except (OSError, SafetensorError) as error:  # a full disk, above all
+            raise OSError(f'{error}: {output_dir} was not written and is as it was') from error
         if output_dir.exists():
             os.replace(output_dir, Path(folder) / 'old')
         os.replace(new, output_dir)

@@ -4,9 +4,9 @@ Each file is one subnet with the resizing inside: it takes a batch of any number
 A file counts as written only when it was loaded again and agreed with the model.
 """
 import hashlib
+import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
-from .files import check_output_folder
+from .files import fill_folder
 from .fixed_subnet import FixedSubnet
 
 __all__ = ['BATCH_SIZES', 'FORMATS', 'TOLERANCE', 'ExportError', 'export_subnets', 'load_program', 'write_program']
@@ -45,8 +45,8 @@ def export_subnets(
 ) -> dict[str, Any]:
     """Write one file for each subnet, and a manifest of them, into a folder.
 
-    The files are called ``MODEL-SIZE-RATE.FORMAT`` and the manifest ``MODEL-FORMAT.json``. Nothing of the folder is
-    touched before all files are written and checked; the manifest is replaced last.
+    The files are called ``MODEL-SIZE-RATE.FORMAT`` and the manifest ``MODEL-FORMAT.json``. Nothing in the folder is
+    touched before all files are written and checked.
 
     Args:
         model: The model, on the device that a ``pt2`` program is to run on. It is put into evaluation mode.
@@ -67,33 +67,34 @@ def export_subnets(
     """
     if format not in FORMATS:
         raise ValueError(f'format {format!r} is unknown; use {" or ".join(FORMATS)}')
-    output_dir = Path(output_dir)
-    check_output_folder(output_dir)
     model.eval()
     pretrained_cfg: Any = model.pretrained_cfg
     name = pretrained_cfg['architecture']
-    files: list[dict[str, Any]] = []
-    # Beside their final places, so that moving them is a renaming.
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix='.export-') as folder:
-        for subnet in progress(subnets):
-            path = Path(folder) / f'{name}-{subnet.img_size}-{subnet.keep_rate}.{format}'
-            network = FixedSubnet(model, subnet)
-            write_program(network, _example_images(model, _TRACED_BATCH_SIZE), path, format)
-            files.append({
-                'file': path.name,
-                'img_size': subnet.img_size,
-                'keep_rate': subnet.keep_rate,
-                'macs': model.macs(subnet),
-                'bytes': path.stat().st_size,
-                'sha256': _sha256(path),
-                'max_difference': _compare(network, path),
-            })
-        manifest = {'model': name, 'format': format, **_describe(model), 'versions': _versions(format), 'files': files}
-        manifest_path = Path(folder) / f'{name}-{format}.json'
-        manifest_path.write_text(json.dumps(manifest, indent=2) + '\n')
-        for path in [*(Path(folder) / entry['file'] for entry in files), manifest_path]:
-            os.replace(path, output_dir / path.name)
+    with fill_folder(output_dir) as folder:
+        try:
+            files = [_export(model, subnet, folder, name, format) for subnet in progress(subnets)]
+            manifest = {'model': name, 'format': format, **_describe(model), 'versions': _versions(format)}
+            manifest['files'] = files
+            (folder / f'{name}-{format}.json').write_text(json.dumps(manifest, indent=2) + '\n')
+        except OSError as error:  # a full disk, above all
+            message = f'{error.strerror or error}: {os.fspath(output_dir)} was not written to and is as it was'
+            raise OSError(error.errno, message) from error
     return manifest
+
+
+def _export(model: SuperVisionTransformer, subnet: Subnet, folder: Path, name: str, format: str) -> dict[str, Any]:
+    path = folder / f'{name}-{subnet.img_size}-{subnet.keep_rate}.{format}'
+    network = FixedSubnet(model, subnet)
+    write_program(network, _example_images(model, _TRACED_BATCH_SIZE), path, format)
+    return {
+        'file': path.name,
+        'img_size': subnet.img_size,
+        'keep_rate': subnet.keep_rate,
+        'macs': model.macs(subnet),
+        'bytes': path.stat().st_size,
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+        'max_difference': _compare(network, path),
+    }
 
 
 def write_program(network: nn.Module, images: Tensor, path: str | os.PathLike, format: str) -> None:
@@ -109,7 +110,10 @@ def write_program(network: nn.Module, images: Tensor, path: str | os.PathLike, f
     with torch.no_grad():
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
     if format == 'pt2':
-        torch.export.save(program, path)
+        # By way of memory: on a full disk torch's own writer ends the process.
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        Path(path).write_bytes(content.getbuffer())
         return
     torch.onnx.export(
         program,
@@ -184,7 +188,3 @@ def _describe(model: SuperVisionTransformer) -> dict[str, Any]:
 
 def _versions(format: str) -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES[format]}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
