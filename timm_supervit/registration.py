@@ -64,12 +64,11 @@ def _extend_tasks(tasks: Any) -> None:
 
     @functools.wraps(resume_task_checkpoint)
     def resume(task: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        from .task import SuperViTTask
-
         try:
             return resume_task_checkpoint(task, checkpoint_path, *args, **kwargs)
         except Exception as error:
-            if not isinstance(task, SuperViTTask) or isinstance(error, FileNotFoundError):
+            ours = sys.modules.get(f'{__package__}.task')
+            if ours is None or not isinstance(task, ours.SuperViTTask) or isinstance(error, FileNotFoundError):
                 raise
             raise RuntimeError(
                 f'cannot resume from {checkpoint_path}: {error} '
