@@ -5,6 +5,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .results import Quantity, Results, Row, quantity_of
@@ -23,7 +24,7 @@ def grid_table(rows: Sequence[Row], key: str) -> Table:
     quantity = quantity_of(rows, key)
     values = {(row['img_size'], row['keep_rate']): row.get(key) for row in rows}
     rates = sorted({rate for _, rate in values})
-    table = Table(title=quantity.title, box=SIMPLE_HEAD, padding=(0, 1), title_style='bold', pad_edge=False)
+    table = Table(title=escape(quantity.title), box=SIMPLE_HEAD, padding=(0, 1), title_style='bold', pad_edge=False)
     table.add_column('size', justify='right')
     for rate in rates:
         table.add_column(f'{rate:g}', justify='right')
@@ -37,7 +38,7 @@ def list_table(rows: Sequence[Row], columns: Sequence[str], title: str | None = 
     quantities = [quantity_of(rows, key) for key in columns]
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     for quantity in quantities:
-        table.add_column(quantity.title, justify='right')
+        table.add_column(escape(quantity.title), justify='right', no_wrap=True)  # a unit in brackets is no markup
     for row in rows:
         table.add_row(*(_text(row.get(key), quantity) for key, quantity in zip(columns, quantities, strict=True)))
     return table
@@ -47,7 +48,7 @@ def print_table(*tables: Table) -> None:
     """Print tables to stdout, side by side where they fit, never cut off in a pipe."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=160)
     console.print(Columns(tables, padding=(0, 4)) if len(tables) > 1 else tables[0])
 
 
