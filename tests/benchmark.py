@@ -1,6 +1,7 @@
 """Measures the speed of the network side by side with slower and with idealized forms of itself.
 
     python tests/benchmark.py subnets    each subnet, against the reference and against keeping the first tokens
+    python tests/benchmark.py all        all subnets at once, against one after the other
     python tests/benchmark.py step       a training step, against four separate passes; its peak memory too
 
 All contestants take turns in one process, so that drift of the machine hits all alike. Ratios are medians over the
@@ -103,6 +104,22 @@ def measure_subnets(args: argparse.Namespace) -> None:
     print(f'geometric mean {means[0]:14.3f}{means[1]:24.3f}')
 
 
+def measure_all(args: argparse.Namespace) -> None:
+    model = networks(args)[0].eval()
+    x = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+
+    def at_once():
+        with torch.inference_mode(), autocast(args):
+            return model.forward_subnets(x, model.subnets)
+
+    def one_by_one():
+        with torch.inference_mode(), autocast(args):
+            return [model(x, img_size=size, keep_rate=rate) for size, rate in model.subnets]
+
+    times = interleave({'at once': at_once, 'one by one': one_by_one}, args.rounds, args.device)
+    print(f'all subnets at once / one by one: {ratio(times, "at once", "one by one")[1]}')
+
+
 def measure_step(args: argparse.Namespace) -> None:
     model, _, reference = (m.train() for m in networks(args))
     criterion = soft_cross_entropy
@@ -175,7 +192,7 @@ def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('measurement', choices=('subnets', 'step'))
+    parser.add_argument('measurement', choices=('subnets', 'all', 'step'))
     parser.add_argument('--model', default='supervit_small')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--rounds', type=int, default=10)
@@ -183,4 +200,4 @@ if __name__ == '__main__':
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the blocks (step only)')
     arguments = parser.parse_args()
-    {'subnets': measure_subnets, 'step': measure_step}[arguments.measurement](arguments)
+    {'subnets': measure_subnets, 'all': measure_all, 'step': measure_step}[arguments.measurement](arguments)
