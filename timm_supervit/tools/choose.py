@@ -68,7 +68,7 @@ def best_subnet(
         macs: float | None = None,
         throughput: float | None = None,
 ) -> Row:
-    """Return the row of the most accurate subnet inside a budget; the cheapest of those where several are.
+    """Return the row of the most accurate subnet inside a budget; where several are, the one furthest inside.
 
     Args:
         table: Rows with ``top1`` and what the budget is about, from ``merge_results`` or ``Results.rows``.
@@ -94,14 +94,14 @@ def best_subnet(
     if not rows:
         raise ValueError(f'no subnet has all of {", ".join(("top1", *budget))}; measure the same subnets in all files')
     misses = [_Miss(max((_miss(row, key, value) for key, value in budget.items()), default=1), row) for row in rows]
-    fitting = [miss.row for miss in misses if miss.factor <= 1]
+    fitting = [miss for miss in misses if miss.factor <= 1]
     if not fitting:
         nearest = min(misses, key=lambda miss: miss.factor).row
         reached = _describe(table, {key: nearest[key] for key in budget})
         raise ValueError(
             f'no subnet has {_describe(table, budget, _BUDGETS)}; '
             f'the nearest is {nearest["img_size"]}:{nearest["keep_rate"]:g} with {reached}')
-    return min(fitting, key=lambda row: (-row['top1'], row.get('macs', 0)))
+    return min(fitting, key=lambda miss: (-miss.row['top1'], miss.factor, miss.row.get('macs', 0))).row
 
 
 def _miss(row: Row, key: str, value: float) -> float:
