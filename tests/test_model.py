@@ -242,10 +242,31 @@ def test_subnets_of_one_size_share_what_they_have_in_common(
     assert calls == {
         'patch_embed': 2,
         'blocks.0.attn.qkv': 2, 'blocks.0.mlp': 2,
-        'blocks.1.attn.qkv': 2, 'blocks.1.mlp': 5,
+        'blocks.1.attn.qkv': 2, 'blocks.1.mlp': 2,
         'blocks.2.attn.qkv': 5, 'blocks.2.mlp': 5,
         'blocks.3.attn.qkv': 5, 'blocks.3.mlp': 5,
     }
+
+
+@pytest.mark.parametrize('settings, tokens', [
+    (dict(), 1), (dict(reg_tokens=2), 3), (dict(drop_layers=(3,)), 1), (dict(init_values=0.1), 1),
+    (dict(global_pool='avg'), 9), (dict(global_pool='map'), 9), (dict(global_pool=''), 9),
+])
+def test_forward_subnets_computes_in_the_last_block_what_the_head_reads(
+        small_model: Any,
+        images: Tensor,
+        settings: dict[str, Any],
+        tokens: int,
+) -> None:
+    model = small_model(**settings)
+    shapes = []
+    model.blocks[-1].mlp.register_forward_hook(lambda _module, _args, output: shapes.append(tuple(output.shape[:2])))
+    for training in (False, True):
+        model.train(training).forward_subnets(images, [(64, 0.6)])
+        features = model.forward_features_subnets(images, [(64, 0.6)])[0]
+        assert shapes == [(2, tokens), features.shape[:2]]
+        torch.testing.assert_close(features, model.forward_features(images, keep_rate=0.6))
+        shapes.clear()
 
 
 def test_rates_that_keep_the_same_tokens_for_a_while_part_later(small_model: Any, images: Tensor) -> None:

@@ -119,18 +119,18 @@ def test_compiled_blocks_are_compiled_in_the_first_pass_over_the_subnets_and_nev
     rates = [(a, b) for a in (.5, .7) for b in (.5, .7)]
     draws = [[(224, 1.), (224, a), (size, 1.), (size, b)] for size in (128, 160, 192) for a, b in rates]
     passes = []
-    for _ in range(2):
-        for subnets in draws:
-            sum(logits.sum() for logits in model.forward_subnets(x, subnets)).backward()
-        passes.append(len(graphs))
+    # Dynamo gives up on a function that it has compiled too often, without a word unless it is told to fail.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            for subnets in draws:
+                sum(logits.sum() for logits in model.forward_subnets(x, subnets)).backward()
+            passes.append(len(graphs))
+        with torch.no_grad():
+            for subnet in model.subnets:
+                expected = plain.eval()(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
+                actual = model.eval()(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # another order of operations
     assert passes[0] == passes[1] > 0
-    # The blocks share their graphs: with a few of them for each block, dynamo's limit of 8 would turn compilation off.
-    assert passes[0] < 12
-    with torch.no_grad():
-        for subnet in model.subnets:
-            expected = plain.eval()(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
-            actual = model.eval()(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, another order of operations
 
 
 @pytest.mark.parametrize('name', recipe_names())

@@ -218,6 +218,10 @@ class SuperLVViT(SuperVisionTransformer):
         """Return the logits of every patch token [B, T - num_prefix_tokens, num_classes] for tokens [B, T, D]."""
         return self.aux_head(self.head_drop(self.fc_norm(x[:, self.num_prefix_tokens:])))
 
+    @property
+    def _head_reads_patches(self) -> bool:
+        return True
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify by both heads: the class token's logits + 0.25 * the maximum over the patch tokens' logits.
 
@@ -260,7 +264,8 @@ class SuperLVViT(SuperVisionTransformer):
         first = self._check_subnet(subnets[0])
         if any(num_keep is not None for num_keep in self._schedule(first)):
             raise ValueError(f'{first} drops tokens, and token labels need all; put a subnet of keep_rate 1.0 first')
-        features = self.forward_features_subnets(x, subnets, mix_box=mix_box)
+        with_patches = [i == 0 for i in range(len(subnets))]
+        features = self.forward_features_subnets(x, subnets, with_patches, mix_box=mix_box)
         logits = [self.class_logits(tokens) for tokens in features]
         grid_size = self.grid_sizes[self.img_sizes.index(first.img_size)]
         box = scale_box(mix_box, self.grid_sizes[-1], grid_size)

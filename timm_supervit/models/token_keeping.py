@@ -66,7 +66,13 @@ def keep_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int
 
 
 class TokenKeepingAttention(Attention):
-    """timm's attention, which can also return the class token's attention row."""
+    """timm's attention, which can also return the class token's attention row, or attend from some tokens alone."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend as timm's attention does; where nothing forbids it, with a backward pass that copies less."""
+        if attn_mask is None and is_causal is False and self.fused_attn:
+            return self._attend(*self._project(x))
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
     def forward_scored(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attend as ``forward`` does, and score every token by the class token's attention to it.
@@ -77,14 +83,32 @@ class TokenKeepingAttention(Attention):
         Returns:
             The attention's output [B, T, D] and the scores [B, T], which carry no gradient.
         """
-        B, T, _ = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # [B, H, T, d] each
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._project(x)
         scores = class_attention(q[:, :, :1].detach(), k.detach(), self.scale)
+        return self._attend(q, k, v), scores
+
+    def forward_first(self, x: Tensor, num_first: int) -> Tensor:
+        """Return what ``forward`` returns for the first tokens, without computing the others.
+
+        Args:
+            x: Tokens [B, T, D].
+            num_first: Tokens to compute, in [1, T].
+
+        Returns:
+            The attention's output [B, num_first, D].
+        """
+        q, k, v = self._project(x)
+        return self._attend(q[:, :, :num_first], k, v)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _ = x.shape
+        # Unbound where they lie: the gradients of the three are then put together in one copy, without a transpose.
+        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        return self.q_norm(q.transpose(1, 2)), self.k_norm(k.transpose(1, 2)), v.transpose(1, 2)  # [B, H, T, d] each
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        x = x.transpose(1, 2).reshape(B, T, self.attn_dim)
-        return self.proj_drop(self.proj(self.norm(x))), scores
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
 
 
 class TokenKeepingBlock(Block):
@@ -126,18 +150,47 @@ class TokenKeepingBlock(Block):
             x: Tokens [B, T, D].
             attn_mask: As in timm's block, for a block that drops nothing.
             is_causal: As in timm's block, for a block that drops nothing.
-            num_keep: Patch tokens to keep; None drops nothing. A tuple runs one FFN for each number
-                after a common attention.
+            num_keep: Patch tokens to keep; None drops nothing, and 0 computes the prefix tokens alone. A tuple runs one
+                FFN for each number after a common attention.
 
         Returns:
             Tokens [B, num_prefix_tokens + num_keep, D], [B, T, D] where nothing is dropped. A list of them for a tuple.
         """
         if num_keep is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if num_keep == 0:
+            y = self.attn.forward_first(self.norm1(x), self.num_prefix_tokens)
+            return self.feed_forward(x[:, :self.num_prefix_tokens] + self.drop_path1(self.ls1(y)))
         x, scores = self.attend(x)
         if isinstance(num_keep, tuple):
-            branches = []
-            for number in num_keep:  # no comprehension, in which torch.compile could not resume after a graph break
-                branches.append(self.feed_forward(x if number is None else self.keep(x, scores, number)[0]))
-            return branches
+            return self.branch(x, scores, num_keep)
         return self.feed_forward(self.keep(x, scores, num_keep)[0])
+
+    def branch(self, x: Tensor, scores: Tensor, num_keep: tuple[int | None, ...]) -> list[Tensor]:
+        """Run the FFN half once for several numbers of patch tokens to keep.
+
+        The FFN treats each token by itself, and the tokens of a smaller number are the best of those of a larger one.
+
+        Args:
+            x: Tokens [B, T, D].
+            scores: Score of every token [B, T].
+            num_keep: Numbers of patch tokens to keep, None for all, at most one of each.
+
+        Returns:
+            Tokens [B, num_prefix_tokens + number, D] for each number.
+        """
+        most = max(number for number in num_keep if number is not None)
+        if None in num_keep:
+            x = self.feed_forward(x)
+            kept = self.keep(x, scores, most)[0]
+        else:
+            kept = self.feed_forward(self.keep(x, scores, most)[0])
+        branches = []
+        for number in num_keep:  # no comprehension, in which torch.compile could not resume after a graph break
+            if number is None:
+                branches.append(x)
+            elif number == most:
+                branches.append(kept)
+            else:
+                branches.append(kept[:, :self.num_prefix_tokens + number])
+        return branches
