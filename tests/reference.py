@@ -41,10 +41,13 @@ class ReferenceBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ReferenceMlp(dim, int(dim * mlp_ratio))
 
+    def scale(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
     def forward(self, x: torch.Tensor, keep_rate: float, by_score: bool = True, first: int = 1) -> torch.Tensor:
         """``first`` is the place of the first patch token; all tokens before it are kept."""
         y, attention = self.attn(self.norm1(x))
-        x = x + y
+        x = x + self.scale(y)
         if keep_rate < 1:
             count = math.ceil(keep_rate * (x.shape[1] - first + 1))
             if by_score:
@@ -53,7 +56,7 @@ class ReferenceBlock(nn.Module):
             else:
                 patches = x[:, first:first + count]
             x = torch.cat([x[:, :first], patches], dim=1)
-        return x + self.mlp(self.norm2(x))
+        return x + self.scale(self.mlp(self.norm2(x)))
 
 
 class ReferenceSuperViT(nn.Module):

@@ -32,15 +32,8 @@ class ReferenceLVBlock(ReferenceBlock):
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-5), nn.LayerNorm(dim, eps=1e-5)
         self.attn.qkv = nn.Linear(dim, 3 * dim, bias=False)
 
-    def forward(self, x: torch.Tensor, keep_rate: float) -> torch.Tensor:  # type: ignore[override]
-        y, attention = self.attn(self.norm1(x))
-        x = x + y / self.skip_lam
-        if keep_rate < 1:
-            count = math.ceil(keep_rate * x.shape[1])
-            order = attention.mean(dim=1)[:, 0, 1:].sort(dim=1, descending=True).indices[:, :count]
-            patches = torch.stack([tokens[1:][chosen] for tokens, chosen in zip(x, order, strict=True)])
-            x = torch.cat([x[:, :1], patches], dim=1)
-        return x + self.mlp(self.norm2(x)) / self.skip_lam
+    def scale(self, y: torch.Tensor) -> torch.Tensor:
+        return y / self.skip_lam
 
 
 class ReferenceLVViT(ReferenceSuperViT):

@@ -1,8 +1,4 @@
-"""SuperViT on LV-ViT computes what the official implementation and a straightforward reference compute.
-
-The tolerances are those of the golden numbers: in float64 logits and losses to 1e-10 and gradients and buffers to 1e-6
-(they are stored in float32), in float32 logits to 5e-5, what rounding alone explains over the resizing and 16 blocks.
-"""
+"""SuperViT on LV-ViT computes what the official implementation and a straightforward reference compute."""
 import copy
 import http.server
 import math
@@ -18,6 +14,7 @@ import timm
 import torch
 import torch.distributed
 import torch.multiprocessing
+from parity import LOGITS, assert_gradients, assert_official_gradients, assert_official_logits, create_official
 from reference_lvvit import ReferenceLVViT, token_label_step
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask
@@ -27,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_supervit import Subnet, TokenLabelTask
 from timm_supervit.models.mix_token import box_share, draw_box, scale_box, swap_box
 
-LOGITS = {torch.float64: 1e-10, torch.float32: 5e-5}
 STEP = [(64, 1.0), (64, 0.3), (48, 1.0), (48, 0.6)]
 BOX = (1, 0, 3, 3)  # on the 4 x 4 grid of the largest size
 
@@ -66,13 +62,6 @@ def get_losses(result: dict[str, Any]) -> torch.Tensor:
     return torch.tensor([float(subnet_loss.loss) for subnet_loss in result['subnet_losses']], dtype=torch.float64)
 
 
-def assert_gradients(model: Any, expected: dict[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        gradient = expected.get(name)
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=0, msg=lambda m, n=name: f'{n}: {m}')
-
-
 def draw_token_labels(batch_size: int, num_patches: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(batch_size, 10, 2 + num_patches, dtype=dtype).softmax(dim=1)
 
@@ -92,15 +81,10 @@ def fixed_box(monkeypatch: pytest.MonkeyPatch) -> Any:
 def golden(load_golden: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
     """A model with the official weights, the official numbers, and their settings."""
     tensors, settings = load_golden('lvvit')
-    config = settings['config']
-    model = timm.create_model(
-        'supervit_lvvit_small', img_sizes=config['img_size_list'], keep_rates=settings['keep_rates'],
-        drop_layers=settings['drop_layers'], patch_size=config['patch_size'], embed_dim=config['embed_dim'],
-        depth=config['depth'], num_heads=config['num_heads'], mlp_ratio=config['mlp_ratio'],
-        skip_lam=config['skip_lam'], num_classes=config['num_classes'],
+    model = create_official(
+        'supervit_lvvit_small', tensors, settings,
+        mlp_ratio=settings['config']['mlp_ratio'], skip_lam=settings['config']['skip_lam'],
         cls_weight=settings['cls_weight'], dense_weight=settings['dense_weight'])
-    weights = {k.removeprefix('state_dict.'): v for k, v in tensors.items() if k.startswith('state_dict.')}
-    model.load_state_dict(weights)
     return model, tensors, settings
 
 
@@ -108,15 +92,8 @@ def golden(load_golden: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, An
 @pytest.mark.parametrize('dtype', LOGITS)
 def test_every_subnet_gives_the_official_logits(golden: Any, dtype: torch.dtype, share_prefix: bool) -> None:
     model, tensors, _ = golden
-    model.eval().to(dtype).share_prefix = share_prefix
-    images, subnets = tensors['input'].to(dtype), model.subnets
-    with torch.no_grad():
-        separate = [model(images, img_size=img_size, keep_rate=keep_rate) for img_size, keep_rate in subnets]
-        together = model.forward_subnets(images, subnets)
-    for (img_size, keep_rate), *outputs in zip(subnets, separate, together, strict=True):
-        for output in outputs:
-            expected = tensors[f'logits.{img_size}.{keep_rate}']
-            torch.testing.assert_close(output.double(), expected, atol=LOGITS[dtype], rtol=0)
+    model.share_prefix = share_prefix
+    assert_official_logits(model, tensors, dtype)
 
 
 @pytest.mark.parametrize('share_prefix', [True, False])
@@ -133,7 +110,7 @@ def test_a_training_step_gives_the_official_losses_and_gradients(
     torch.testing.assert_close(get_losses(result), tensors['losses'], atol=1e-10, rtol=0)
     torch.testing.assert_close(result['output'], tensors['train.cls_logits'], atol=1e-10, rtol=0)
     result['loss'].backward()
-    assert_gradients(model, {k.removeprefix('grad.'): v for k, v in tensors.items() if k.startswith('grad.')})
+    assert_official_gradients(model, tensors)
 
 
 def test_the_first_subnet_gives_the_official_token_logits(golden: Any) -> None:

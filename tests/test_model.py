@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from parity import list_grid
 from reference import ReferenceSuperViT
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import create_optimizer_v2
@@ -25,10 +26,6 @@ from timm_supervit import Subnet, SuperVisionTransformer
 EXACT = dict(atol=0, rtol=0)
 # Two ways to compute the same in float32: sums in another order, some hundreds of terms of size 1.
 ROUNDING = dict(atol=2e-5, rtol=1e-4)
-
-
-def list_grid(model: Any) -> list[tuple[int, float]]:
-    return [(img_size, keep_rate) for img_size in model.img_sizes for keep_rate in model.keep_rates]
 
 
 def run_subnet(model: Any, images: Tensor, subnet: tuple[int, float]) -> Tensor:

@@ -1,18 +1,20 @@
-"""SuperViT computes what the official implementation computes, and what a straightforward reference computes.
-
-The tolerances are those of the golden numbers: in float64 logits and losses to 1e-10 and gradients to 1e-6 (they are
-stored in float32), in float32 logits to 5e-5, what rounding alone explains over the resizing and twelve blocks.
-"""
+"""SuperViT computes what the official implementation computes, and what a straightforward reference computes."""
 from typing import Any
 
 import pytest
 import torch
+from parity import (
+    LOGITS,
+    assert_gradients,
+    assert_official_gradients,
+    assert_official_logits,
+    create_official,
+    list_grid,
+)
 from reference import ReferenceSuperViT, training_step
 from timm.loss import SoftTargetCrossEntropy
 
 from timm_supervit import SuperViTTask
-
-LOGITS = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 # Names the grids by what is unusual in them.
 GRIDS = {
@@ -44,10 +46,6 @@ def create_pair(small_model: Any, dtype: torch.dtype, **kwargs: Any) -> tuple[An
     return model, reference
 
 
-def list_grid(model: Any) -> list[tuple[int, float]]:
-    return [(img_size, keep_rate) for img_size in model.img_sizes for keep_rate in model.keep_rates]
-
-
 def run_task(model: Any, images: torch.Tensor, target: torch.Tensor, subnets: list) -> list[torch.Tensor]:
     """Run one training step of chosen subnets; return their losses, leave the gradients in the model."""
     model.train()
@@ -58,41 +56,19 @@ def run_task(model: Any, images: torch.Tensor, target: torch.Tensor, subnets: li
     return [torch.tensor(subnet_loss.loss, dtype=torch.float64) for subnet_loss in result['subnet_losses']]
 
 
-def assert_gradients(model: Any, expected: dict[str, torch.Tensor]) -> None:
-    """Compare gradients; a parameter that the reference gave none must have one of zeros."""
-    for name, parameter in model.named_parameters():
-        gradient = expected.get(name)
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=0, msg=lambda m, n=name: f'{n}: {m}')
-
-
 @pytest.fixture
-def golden(load_golden: Any, small_model: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+def golden(load_golden: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
     """A model with the official weights, the official numbers, and their settings."""
     tensors, settings = load_golden('deit')
-    config = settings['config']
-    model = small_model(
-        img_sizes=config['img_size_list'], keep_rates=settings['keep_rates'], drop_layers=settings['drop_layers'],
-        patch_size=config['patch_size'], embed_dim=config['embed_dim'], depth=config['depth'],
-        num_heads=config['num_heads'], num_classes=config['num_classes'])
-    weights = {k.removeprefix('state_dict.'): v for k, v in tensors.items() if k.startswith('state_dict.')}
-    model.load_state_dict(weights)
-    return model, tensors, settings
+    return create_official('supervit_tiny', tensors, settings), tensors, settings
 
 
 @pytest.mark.parametrize('share_prefix', [True, False])
 @pytest.mark.parametrize('dtype', LOGITS)
 def test_every_subnet_gives_the_official_logits(golden: Any, dtype: torch.dtype, share_prefix: bool) -> None:
     model, tensors, _ = golden
-    model.to(dtype).share_prefix = share_prefix
-    images, subnets = tensors['input'].to(dtype), list_grid(model)
-    with torch.no_grad():
-        separate = [model(images, img_size=img_size, keep_rate=keep_rate) for img_size, keep_rate in subnets]
-        together = model.forward_subnets(images, subnets)
-    for (img_size, keep_rate), *outputs in zip(subnets, separate, together, strict=True):
-        for output in outputs:
-            expected = tensors[f'logits.{img_size}.{keep_rate}']
-            torch.testing.assert_close(output.double(), expected, atol=LOGITS[dtype], rtol=0)
+    model.share_prefix = share_prefix
+    assert_official_logits(model, tensors, dtype)
 
 
 @pytest.mark.parametrize('share_prefix', [True, False])
@@ -101,7 +77,7 @@ def test_a_training_step_gives_the_official_losses_and_gradients(golden: Any, sh
     model.double().share_prefix = share_prefix
     losses = run_task(model, tensors['input'].double(), tensors['target'].double(), settings['train_subnets'])
     torch.testing.assert_close(torch.stack(losses), tensors['losses'], atol=1e-10, rtol=0)
-    assert_gradients(model, {k.removeprefix('grad.'): v for k, v in tensors.items() if k.startswith('grad.')})
+    assert_official_gradients(model, tensors)
 
 
 @pytest.mark.parametrize('share_prefix', [True, False])

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..subnets import Subnet, check_img_size
 from .mix_token import Box, scale_box, swap_box
-from .supervit import SuperVisionTransformer, create_supervit
-from .supervit import _cfg as _supervit_cfg
+from .supervit import SuperVisionTransformer, create_supervit, supervit_cfg
 from .token_keeping import TokenKeepingBlock
 
 __all__ = ['SuperLVViT']  # register_model adds each factory
@@ -285,7 +284,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
     # Plain LV-ViT weights, a start for super-training; they are not SuperViT-trained.
-    return _supervit_cfg(**dict(dict(
+    return supervit_cfg(**dict(dict(
         url=f'https://github.com/zihangJiang/TokenLabeling/releases/download/{file}',
         crop_pct=0.9, first_conv='patch_embed.conv1', classifier=('head', 'aux_head')), **kwargs))
 

@@ -578,7 +578,8 @@ def _fill_in(dense: Tensor, x: Tensor, places: Tensor) -> Tensor:
     return x if x.shape == dense.shape else dense.scatter(1, places.unsqueeze(-1).expand_as(x), x)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def supervit_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Return timm's pretrained configuration of a variant."""
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
         'crop_pct': 0.875, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
@@ -591,14 +592,14 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 def _deit_cfg(size: str) -> dict[str, Any]:
     # Plain DeiT weights, a start for super-training; they are not SuperViT-trained.
-    return _cfg(hf_hub_id=f'timm/deit_{size}_patch16_224.fb_in1k')
+    return supervit_cfg(hf_hub_id=f'timm/deit_{size}_patch16_224.fb_in1k')
 
 
 default_cfgs = generate_default_cfgs({
     'supervit_tiny.deit_in1k': _deit_cfg('tiny'),
     'supervit_small.deit_in1k': _deit_cfg('small'),
     'supervit_base.deit_in1k': _deit_cfg('base'),
-    'supervit_digits.untrained': _cfg(num_classes=10, input_size=(3, 24, 24), crop_pct=1.0),
+    'supervit_digits.untrained': supervit_cfg(num_classes=10, input_size=(3, 24, 24), crop_pct=1.0),
 })
 
 
