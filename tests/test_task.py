@@ -26,6 +26,7 @@ from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
 from timm_supervit import Subnet, SuperViTTask
+from timm_supervit.task import distillation_loss
 
 EXACT = dict(atol=0, rtol=0)
 TARGET = torch.tensor([3, 7])
@@ -332,6 +333,17 @@ def test_the_average_follows_the_plain_model(create_task: Any, images: Tensor, t
 
 
 # --- timm's other tasks ---
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_compared_in_full_precision(dtype: torch.dtype) -> None:
+    logits, teacher_logits = (torch.randn(2, 8, 100) / 50).to(dtype)  # nearly equal: KL of 4e-4
+    teacher = teacher_logits.double().softmax(dim=1)
+    expected = (teacher * (teacher.log() - logits.double().log_softmax(dim=1))).sum() / 8
+    loss = distillation_loss(logits.requires_grad_(), teacher_logits)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+    with torch.autocast('cpu', dtype):
+        torch.testing.assert_close(distillation_loss(logits, teacher_logits).double(), expected, rtol=1e-3, atol=0)
 
 
 def test_distillation_trains_the_active_subnet(small_model: Any, images: Tensor) -> None:

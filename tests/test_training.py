@@ -1,6 +1,7 @@
 """Runs of several processes, killed runs and compiled runs reach what one undisturbed run reaches."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from timm.models import save_for_hf
 from timm.task import ClassificationTask, resume_task_checkpoint
 
 from timm_supervit.tools.recipes import read_recipe, recipe_names
@@ -145,30 +147,74 @@ def test_a_recipe_names_a_registered_model_and_settings_that_train_py_knows(name
     assert not recipe.keys() - set(known)
 
 
-@pytest.mark.skipif(not TIMM_SCRIPTS, reason='TIMM_SCRIPTS does not name the folder of train.py')
-def test_train_py_super_trains_under_torchrun_and_validate_py_reads_the_result_at_any_subnet(tmp_path):
+needs_scripts = pytest.mark.skipif(not TIMM_SCRIPTS, reason='TIMM_SCRIPTS does not name the folder of train.py')
+
+
+@pytest.fixture
+def image_folder(tmp_path):
     from PIL import Image
 
     for split in ('train', 'validation'):
         for label, colour in enumerate(('red', 'green', 'blue')):
-            folder = tmp_path / split / str(label)
+            folder = tmp_path / 'data' / split / str(label)
             folder.mkdir(parents=True)
             for i in range(8):
                 Image.new('RGB', (24, 24), colour).save(folder / f'{i}.png')
-    common = ['--model', 'supervit_digits', '--num-classes', '3', '--data-dir', str(tmp_path), '--device', 'cpu',
-              '--workers', '0']
-    train = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         str(Path(TIMM_SCRIPTS, 'train.py')), *common, '--train-split', 'train', '--val-split', 'validation', '-b', '4',
-         '--epochs', '1', '--opt', 'adamw', '--grad-accum-steps', '2', '--clip-grad', '1', '--model-ema', '--drop-path',
-         '0.1', '--output', str(tmp_path), '--experiment', 'run'],
+    return tmp_path / 'data'
+
+
+def run_script(name, data, *options, launcher=()):
+    common = ['--model', 'supervit_digits', '--num-classes', '3', '--device', 'cpu', '--workers', '0', '--data-dir']
+    return subprocess.run(
+        [sys.executable, *launcher, Path(TIMM_SCRIPTS, name), *common, data, *options],
         capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def run_train_py(data, *options, launcher=()):
+    return run_script(
+        'train.py', data, '--train-split', 'train', '--val-split', 'validation', '-b', '4', '--epochs', '1',
+        '--opt', 'adamw', '--output', data.parent, '--experiment', 'run', *options, launcher=launcher)
+
+
+@needs_scripts
+def test_train_py_super_trains_under_torchrun_and_validate_py_reads_the_result_at_any_subnet(image_folder):
+    train = run_train_py(
+        image_folder, '--grad-accum-steps', '2', '--clip-grad', '1', '--model-ema', '--drop-path', '0.1',
+        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'])
     assert train.returncode == 0, train.stderr[-2000:]
     assert 'Super-training img_sizes (12, 16, 20, 24)' in train.stderr
     assert 'Subnets: label' in train.stderr
-    validate = subprocess.run(
-        [sys.executable, str(Path(TIMM_SCRIPTS, 'validate.py')), *common, '--split', 'validation', '--checkpoint',
-         str(tmp_path / 'run' / 'last.pth.tar'), '--img-size', '24', '--model-kwargs', 'img_size=16', 'keep_rate=0.5'],
-        capture_output=True, text=True, timeout=120)
+    validate = run_script(
+        'validate.py', image_folder, '--split', 'validation', '--checkpoint', image_folder.parent / 'run/last.pth.tar',
+        '--img-size', '24', '--model-kwargs', 'img_size=16', 'keep_rate=0.5')
     assert validate.returncode == 0, validate.stderr[-2000:]
     assert '"top1"' in validate.stdout
+
+
+@needs_scripts
+@pytest.mark.parametrize('options', [
+    '--amp --amp-dtype bfloat16 --grad-checkpointing --channels-last',
+    '--amp --amp-dtype float16 --grad-accum-steps 2 --clip-grad 1',
+    '--mixup 0.8 --cutmix 1.0 --bce-loss',
+    '--jsd-loss --aug-splits 3 --aa rand-m9',
+    '--train-img-sizes 16 24 32',
+    '--torchcompile eager --drop-path 0.1',
+])
+def test_the_switches_of_train_py_work(image_folder, options):
+    train = run_train_py(image_folder, '--log-interval', '1', *options.split())
+    assert train.returncode == 0, train.stderr[-2000:]
+    for role in ('label', 'distill'):
+        losses = [float(loss) for loss in re.findall(rf'Subnets:.* {role} (\S+)', train.stderr)]
+        assert len(losses) >= 3
+        assert all(loss >= 0 for loss in losses)
+
+
+@needs_scripts
+@pytest.mark.parametrize('distill_type', ['logit', 'feature'])
+def test_distillation_of_train_py_trains_the_active_subnet(image_folder, distill_type):
+    save_for_hf(timm.create_model('supervit_digits', num_classes=3), image_folder.parent / 'teacher')
+    train = run_train_py(
+        image_folder, '--model-kwargs', 'img_size=16', 'keep_rate=0.5', '--kd-distill-type', distill_type,
+        '--kd-model-name', f'local-dir:{image_folder.parent / "teacher"}')
+    assert train.returncode == 0, train.stderr[-2000:]
+    assert 'Super-training' not in train.stderr

@@ -53,8 +53,9 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
         logits: The student's logits [B, classes].
         teacher_logits: The teacher's logits [B, classes]; no gradient flows into them.
     """
-    return F.kl_div(
-        logits.log_softmax(dim=-1), teacher_logits.detach().log_softmax(dim=-1), reduction='batchmean', log_target=True)
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # autocast on a CPU would stay in half precision
+    student, teacher = (x.log_softmax(dim=-1, dtype=dtype) for x in (logits, teacher_logits.detach()))
+    return F.kl_div(student, teacher, reduction='batchmean', log_target=True)
 
 
 class SuperViTTask(ClassificationTask):
