@@ -9,7 +9,6 @@ rounds of the ratio within a round; in brackets, their quartiles. Options: --hel
 """
 import argparse
 import contextlib
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -54,19 +53,6 @@ def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device
             if i >= 2:  # two rounds of warm-up
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that is freed, as the allocators do that torch recommends for training on a CPU.
-
-    By default it gives large blocks back to the system and takes them again, and the page faults, which are expensive
-    on virtual machines, fall on one contestant or another by chance.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_trim_threshold, 2 ** 31 - 1)
-        mallopt(m_mmap_threshold, 2 ** 25)  # the most that it takes
 
 
 def synchronize(device: str) -> None:
@@ -214,5 +200,4 @@ if __name__ == '__main__':
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the blocks (step only)')
     arguments = parser.parse_args()
-    keep_freed_memory()
     {'subnets': measure_subnets, 'all': measure_all, 'step': measure_step}[arguments.measurement](arguments)
