@@ -1,5 +1,6 @@
 """What the tests share: a small network, its inputs, and the numbers of the official implementation."""
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ SMALL = dict(
 def _one_thread() -> None:
     """Small tensors run no faster on more, and results are then the same from run to run."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _interruptible() -> None:
+    """Let processes that the tests start receive SIGINT, which a shell makes its background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
