@@ -239,6 +239,17 @@ def test_a_step_runs_under_autocast(create_task: Any, images: Tensor, dtype: tor
     assert all(parameter.grad.isfinite().all() for parameter in task.parameters())
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_compared_in_full_precision(dtype: torch.dtype) -> None:
+    logits, teacher_logits = (torch.randn(2, 8, 100) / 50).to(dtype)  # nearly equal: KL of 4e-4
+    teacher = teacher_logits.double().softmax(dim=1)
+    expected = (teacher * (teacher.log() - logits.double().log_softmax(dim=1))).sum() / 8
+    loss = distillation_loss(logits.requires_grad_(), teacher_logits)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+    with torch.autocast('cpu', dtype):
+        torch.testing.assert_close(distillation_loss(logits, teacher_logits).double(), expected, rtol=1e-3, atol=0)
+
+
 def test_training_teaches_every_subnet() -> None:
     model = timm.create_model('supervit_digits')
     task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
@@ -333,17 +344,6 @@ def test_the_average_follows_the_plain_model(create_task: Any, images: Tensor, t
 
 
 # --- timm's other tasks ---
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_compared_in_full_precision(dtype: torch.dtype) -> None:
-    logits, teacher_logits = (torch.randn(2, 8, 100) / 50).to(dtype)  # nearly equal: KL of 4e-4
-    teacher = teacher_logits.double().softmax(dim=1)
-    expected = (teacher * (teacher.log() - logits.double().log_softmax(dim=1))).sum() / 8
-    loss = distillation_loss(logits.requires_grad_(), teacher_logits)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
-    with torch.autocast('cpu', dtype):
-        torch.testing.assert_close(distillation_loss(logits, teacher_logits).double(), expected, rtol=1e-3, atol=0)
 
 
 def test_distillation_trains_the_active_subnet(small_model: Any, images: Tensor) -> None:

@@ -150,8 +150,8 @@ class TokenKeepingBlock(Block):
             x: Tokens [B, T, D].
             attn_mask: As in timm's block, for a block that drops nothing.
             is_causal: As in timm's block, for a block that drops nothing.
-            num_keep: Patch tokens to keep; None drops nothing, and 0 computes the prefix tokens alone. A tuple runs one
-                FFN for each number after a common attention.
+            num_keep: Patch tokens to keep; None drops nothing, and 0 computes the prefix tokens alone. A tuple asks for
+                several numbers after a common attention, see ``branch``.
 
         Returns:
             Tokens [B, num_prefix_tokens + num_keep, D], [B, T, D] where nothing is dropped. A list of them for a tuple.
