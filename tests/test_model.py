@@ -17,6 +17,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, in spite of its place
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -264,6 +265,74 @@ def test_forward_subnets_computes_in_the_last_block_what_the_head_reads(
         assert shapes == [(2, tokens), features.shape[:2]]
         torch.testing.assert_close(features, model.forward_features(images, keep_rate=0.6))
         shapes.clear()
+
+
+def test_the_last_block_projects_no_patches_that_the_head_does_not_read(small_model: Any, images: Tensor) -> None:
+    model = small_model(drop_layers=())
+    with torch.no_grad(), RecordOperators() as record:
+        model.forward_subnets(images, [(64, 1.0)])
+    # Queries, keys and values of 2 * 17 tokens in three of four blocks.
+    assert record.shapes.count((34, 144)) == 3
+
+
+class LowRankAdapter(nn.Module):
+    """Adds a trained correction to a linear layer, as adapters do that take a layer's place."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 2)
+        self.up = nn.Linear(2, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+class Double(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class WrappedTensor(Tensor):
+    """Stands for quantized or distributed weights."""
+
+
+def _adapt(attn: Any) -> None:
+    attn.qkv = LowRankAdapter(attn.qkv)
+
+
+PROJECTIONS: dict[str, Any] = {
+    'an adapter': _adapt,
+    'a parametrization': lambda attn: parametrize.register_parametrization(attn.qkv, 'weight', Double()),
+    'pruning': lambda attn: prune.random_unstructured(attn.qkv, 'weight', amount=0.5),
+    'weights of another kind': lambda attn: setattr(
+        attn.qkv, 'weight', nn.Parameter(2 * attn.qkv.weight.as_subclass(WrappedTensor))),
+    'a hook': lambda attn: attn.qkv.register_forward_hook(lambda _module, _args, output: 2 * output),
+    'a hook before': lambda attn: attn.qkv.register_forward_pre_hook(lambda _module, args: 2 * args[0]),
+}
+
+
+@pytest.mark.parametrize('change', PROJECTIONS)
+def test_a_changed_projection_of_the_last_block_acts_in_forward_subnets(
+        small_model: Any,
+        images: Tensor,
+        change: str,
+) -> None:
+    model = small_model()
+    before = model.forward_subnets(images, [(64, 0.6)])[0]
+    PROJECTIONS[change](model.blocks[-1].attn)
+    output = model.forward_subnets(images, [(64, 0.6)])[0]
+    torch.testing.assert_close(output, run_subnet(model, images, (64, 0.6)), **ROUNDING)
+    assert not torch.allclose(output, before, **ROUNDING)
+
+
+def test_dropout_of_attention_acts_in_the_last_block_of_forward_subnets(small_model: Any, images: Tensor) -> None:
+    model = small_model(attn_drop_rate=0.5)
+    last = model.blocks[-1].train()
+    x = torch.randn(2, 17, 48)
+    assert not torch.equal(last(x, num_keep=0), last(x, num_keep=0))
+    last.eval()
+    torch.testing.assert_close(last(x, num_keep=0), last(x)[:, :1], **ROUNDING)
 
 
 def test_rates_that_keep_the_same_tokens_for_a_while_part_later(small_model: Any, images: Tensor) -> None:
