@@ -26,7 +26,7 @@ from timm_supervit.models.token_keeping import TokenKeepingBlock
 class KeepFirst:
     """Drops as many tokens as the block of the package, without looking which: what dropping costs at least."""
 
-    def attend(self, x):
+    def attend(self, x, qkv=None):
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x)))), x
 
     def keep(self, x, scores, num_keep):

@@ -197,9 +197,14 @@ class SuperViTTask(ClassificationTask):
             mode: As for ``torch.compile``.
             **compile_kwargs: Further arguments of ``torch.compile``.
         """
-        for module in self.model.modules():
-            if isinstance(module, DropPath):
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        if any(isinstance(module, DropPath) for module in self.model.modules()):
+            for block in self.model.blocks:
+                for name in ('drop_path1', 'drop_path2'):
+                    # timm gives a block of rate 0, the first, none of them; with one it shares the graphs, too.
+                    drop_path = getattr(block, name)
+                    drop_path = drop_path if isinstance(drop_path, DropPath) else DropPath()
+                    drop_path.forward = torch.compiler.disable(drop_path.forward)  # type: ignore[method-assign]
+                    setattr(block, name, drop_path)
         for block in self.model.blocks:
             block.compile(backend=backend, mode=mode, **{'dynamic': True, **compile_kwargs})
         return self.trainable_module

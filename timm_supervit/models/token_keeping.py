@@ -15,7 +15,7 @@ from timm.layers import Attention, register_notrace_function
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-__all__ = ['TokenKeepingAttention', 'TokenKeepingBlock', 'class_attention', 'keep_tokens']
+__all__ = ['TokenKeepingAttention', 'TokenKeepingBlock', 'best_places', 'class_attention', 'select_tokens']
 
 
 @torch.fx.wrap
@@ -41,28 +41,32 @@ def class_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
 
 @torch.fx.wrap
 @register_notrace_function
-def keep_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """Keep the prefix tokens and the best patch tokens.
+def best_places(scores: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
+    """Return the places of the prefix tokens and of the best patch tokens.
 
     Args:
-        x: Tokens [B, T, D], the prefix tokens first.
         scores: Score of every token [B, T]; those of prefix tokens are ignored.
         num_keep: Patch tokens to keep, in [1, T - num_prefix_tokens].
         num_prefix_tokens: Tokens at the start that are always kept.
 
     Returns:
-        The kept tokens [B, num_prefix_tokens + num_keep, D], prefix first, then best first, and the places in ``x``
-        that they come from [B, num_prefix_tokens + num_keep].
+        Places among the tokens [B, num_prefix_tokens + num_keep], prefix first, then best first.
     """
+    # Prefix tokens outrank every score, in their order: one topk then gives the places of all that is kept.
+    prefix = torch.arange(num_prefix_tokens + 1, 1, -1, dtype=scores.dtype, device=scores.device)
+    ranked = torch.cat([prefix.expand(scores.shape[0], -1), scores[:, num_prefix_tokens:]], dim=1)
+    return ranked.topk(num_prefix_tokens + num_keep, dim=1).indices
+
+
+@torch.fx.wrap
+@register_notrace_function
+def select_tokens(x: Tensor, places: Tensor) -> Tensor:
+    """Return the tokens [B, K, D] at the places [B, K] among tokens [B, T, D]."""
     batch_size, num_tokens, dim = x.shape
-    # Prefix tokens outrank every score, in their order: one topk then gives the index of all that is kept.
-    prefix = torch.arange(num_prefix_tokens + 1, 1, -1, dtype=scores.dtype, device=x.device).expand(batch_size, -1)
-    ranked = torch.cat([prefix, scores[:, num_prefix_tokens:]], dim=1)
-    index = ranked.topk(num_prefix_tokens + num_keep, dim=1).indices
     # Whole rows of the flattened batch: over ten times as fast on a CPU as torch.gather with an expanded index.
-    row = index + torch.arange(0, batch_size * num_tokens, num_tokens, device=x.device).unsqueeze(1)
-    kept = x.reshape(batch_size * num_tokens, dim).index_select(0, row.flatten())
-    return kept.view(batch_size, num_prefix_tokens + num_keep, dim), index
+    row = places + torch.arange(0, batch_size * num_tokens, num_tokens, device=x.device).unsqueeze(1)
+    selected = x.reshape(batch_size * num_tokens, dim).index_select(0, row.flatten())
+    return selected.view(batch_size, places.shape[1], dim)
 
 
 class TokenKeepingAttention(Attention):
@@ -71,19 +75,23 @@ class TokenKeepingAttention(Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend as timm's attention does; where nothing forbids it, with a backward pass that copies less."""
         if attn_mask is None and is_causal is False and self.fused_attn:
-            return self._attend(*self._project(x))
+            return self.forward_projected(self.qkv(x))
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
-    def forward_scored(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend as ``forward`` does, and score every token by the class token's attention to it.
+    def forward_projected(self, qkv: Tensor) -> Tensor:
+        """Attend as ``forward`` does, the output of ``qkv`` [B, T, 3 * H * d] given; return [B, T, D]."""
+        return self._attend(*self._split_heads(qkv))
+
+    def forward_scored(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend as ``forward_projected`` does, and score every token by the class token's attention to it.
 
         Args:
-            x: Tokens [B, T, D], the class token first.
+            qkv: The output of ``qkv`` for tokens of which the class token is the first [B, T, 3 * H * d].
 
         Returns:
             The attention's output [B, T, D] and the scores [B, T], which carry no gradient.
         """
-        q, k, v = self._project(x)
+        q, k, v = self._split_heads(qkv)
         scores = class_attention(q[:, :, :1].detach(), k.detach(), self.scale)
         return self._attend(q, k, v), scores
 
@@ -106,7 +114,7 @@ class TokenKeepingAttention(Attention):
             The attention's output [B, num_first, D].
         """
         if not self._is_plain():
-            q, k, v = self._project(x)
+            q, k, v = self._split_heads(self.qkv(x))
             return self._attend(q[:, :, :num_first], k, v)
         B = x.shape[0]
         w_q, w_k, w_v = self.qkv.weight.unflatten(0, (3, self.num_heads, self.head_dim)).unbind()  # [H, d, D]
@@ -130,10 +138,9 @@ class TokenKeepingAttention(Attention):
             and not (self.training and self.attn_drop.p > 0)
         )
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, _ = x.shape
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Unbound where they lie: the gradients of the three are then put together in one copy, without a transpose.
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
         return self.q_norm(q.transpose(1, 2)), self.k_norm(k.transpose(1, 2)), v.transpose(1, 2)  # [B, H, T, d] each
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,14 +164,19 @@ class TokenKeepingBlock(Block):
         super().__init__(*args, **kwargs)
         self.num_prefix_tokens = num_prefix_tokens
 
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values [B, T, 3 * H * d] of tokens [B, T, D], which depend on no other token."""
+        return self.attn.qkv(self.norm1(x))
+
+    def attend(self, x: Tensor, qkv: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the attention half; return the tokens [B, T, D] and their scores [B, T]."""
-        y, scores = self.attn.forward_scored(self.norm1(x))
+        y, scores = self.attn.forward_scored(self.project(x) if qkv is None else qkv)
         return x + self.drop_path1(self.ls1(y)), scores
 
     def keep(self, x: Tensor, scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
-        """Drop all but the ``num_keep`` best patch tokens, see ``keep_tokens``."""
-        return keep_tokens(x, scores, num_keep, self.num_prefix_tokens)
+        """Drop all but the prefix tokens and the ``num_keep`` best patch tokens; return what is kept and its places."""
+        places = best_places(scores, num_keep, self.num_prefix_tokens)
+        return select_tokens(x, places), places
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Run the FFN half on tokens [B, T, D]."""
@@ -176,6 +188,7 @@ class TokenKeepingBlock(Block):
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
             num_keep: int | tuple[int | None, ...] | None = None,
+            qkv: Tensor | None = None,
     ) -> Any:
         """Run the block.
 
@@ -184,22 +197,31 @@ class TokenKeepingBlock(Block):
             attn_mask: As in timm's block, for a block that drops nothing.
             is_causal: As in timm's block, for a block that drops nothing.
             num_keep: Patch tokens to keep; None drops nothing, and 0 computes the prefix tokens alone. A tuple asks for
-                several numbers after a common attention, see ``branch``.
+                several numbers after a common attention, see ``part``.
+            qkv: What ``project`` returned for these tokens, if it was called before; of no use to ``num_keep=0``.
 
         Returns:
-            Tokens [B, num_prefix_tokens + num_keep, D], [B, T, D] where nothing is dropped. A list of them for a tuple.
+            Tokens [B, num_prefix_tokens + num_keep, D], [B, T, D] where nothing is dropped. For a tuple, what ``part``
+            returns.
         """
         if num_keep is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            if qkv is None:
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return self.feed_forward(x + self.drop_path1(self.ls1(self.attn.forward_projected(qkv))))
         if num_keep == 0:
             y = self.attn.forward_first(self.norm1(x), self.num_prefix_tokens)
             return self.feed_forward(x[:, :self.num_prefix_tokens] + self.drop_path1(self.ls1(y)))
-        x, scores = self.attend(x)
+        x, scores = self.attend(x, qkv)
         if isinstance(num_keep, tuple):
-            return self.branch(x, scores, num_keep)
+            return self.part(x, scores, num_keep)
         return self.feed_forward(self.keep(x, scores, num_keep)[0])
 
-    def branch(self, x: Tensor, scores: Tensor, num_keep: tuple[int | None, ...]) -> list[Tensor]:
+    def part(
+            self,
+            x: Tensor,
+            scores: Tensor,
+            num_keep: tuple[int | None, ...],
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Run the FFN half once for several numbers of patch tokens to keep.
 
         The FFN treats each token by itself, and the tokens of a smaller number are the best of those of a larger one.
@@ -210,20 +232,17 @@ class TokenKeepingBlock(Block):
             num_keep: Numbers of patch tokens to keep, None for all, at most one of each.
 
         Returns:
-            Tokens [B, num_prefix_tokens + number, D] for each number.
+            Tokens of the largest number, and for each number the places of its tokens among them
+            [B, num_prefix_tokens + number], None for all.
         """
         most = max(number for number in num_keep if number is not None)
-        if None in num_keep:
-            x = self.feed_forward(x)
-            kept = self.keep(x, scores, most)[0]
-        else:
-            kept = self.feed_forward(self.keep(x, scores, most)[0])
-        branches = []
-        for number in num_keep:  # no comprehension, in which torch.compile could not resume after a graph break
-            if number is None:
-                branches.append(x)
-            elif number == most:
-                branches.append(kept)
-            else:
-                branches.append(kept[:, :self.num_prefix_tokens + number])
-        return branches
+        widest = None if None in num_keep else most
+        places = best_places(scores, most, self.num_prefix_tokens)
+        if widest is not None:
+            x = select_tokens(x, places)
+            places = torch.arange(places.shape[1], device=x.device).expand_as(places)  # the best come first now
+        parts = [
+            None if number is None or number == widest else places[:, :self.num_prefix_tokens + number]
+            for number in num_keep
+        ]
+        return self.feed_forward(x), parts
