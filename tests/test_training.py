@@ -167,7 +167,8 @@ def run_script(name, data, *options, launcher=()):
     common = ['--model', 'supervit_digits', '--num-classes', '3', '--device', 'cpu', '--workers', '0', '--data-dir']
     return subprocess.run(
         [sys.executable, *launcher, Path(TIMM_SCRIPTS, name), *common, data, *options],
-        capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        # PYTHONSAFEPATH: the installed timm, which is the one that is tested, not the one beside the scripts.
+        capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'})
 
 
 def run_train_py(data, *options, launcher=()):
