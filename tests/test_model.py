@@ -326,6 +326,24 @@ def test_a_changed_projection_of_the_last_block_acts_in_forward_subnets(
     assert not torch.allclose(output, before, **ROUNDING)
 
 
+@pytest.mark.parametrize('register', ['register_full_backward_hook', 'register_full_backward_pre_hook'])
+def test_a_backward_hook_on_the_last_projection_is_called_in_forward_subnets(
+        small_model: Any,
+        images: Tensor,
+        register: str,
+) -> None:
+    model = small_model()
+    calls = []
+    getattr(model.blocks[-1].attn.qkv, register)(lambda *_: calls.append(1) or None)
+    model.forward_subnets(images, [(64, 0.6)])[0].sum().backward()
+    assert len(calls) == 1
+
+
+def test_an_empty_batch_gives_no_logits(small_model: Any, images: Tensor) -> None:
+    for output in small_model().forward_subnets(images[:0], [(64, 1.0), (64, 0.6), (32, 0.3)]):
+        assert output.shape == (0, 10)
+
+
 def test_dropout_of_attention_acts_in_the_last_block_of_forward_subnets(small_model: Any, images: Tensor) -> None:
     model = small_model(attn_drop_rate=0.5)
     last = model.blocks[-1].train()

@@ -452,7 +452,7 @@ class SuperVisionTransformer(VisionTransformer):
                 continue
             x, parts = self._run(self.blocks[i], x, num_keep=branches, qkv=qkv)
             # Queries, keys and values of the next block depend on one token each, as the FFN does: they are shared too.
-            shared = any(schedule[i + 1:i + 2] not in ((), (0,)) for schedule in schedules)
+            shared = i + 1 < len(self.blocks) and any(schedule[i + 1] != 0 for schedule in schedules)
             qkv = self._run(self.blocks[i + 1].project, x) if shared else None
             for num_keep, places in zip(branches, parts, strict=True):
                 branch = {schedule for schedule in schedules if schedule[i] == num_keep}

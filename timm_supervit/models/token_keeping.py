@@ -125,15 +125,15 @@ class TokenKeepingAttention(Attention):
         q = q.unflatten(1, (B, num_first)).transpose(0, 1).flatten(1, 2)  # [B, H * P, D]
         x = F.scaled_dot_product_attention(q[:, None], x[:, None], x[:, None], scale=self.scale)[:, 0]
         x = x.unflatten(1, (-1, num_first)).transpose(0, 1).flatten(1, 2) @ w_v.mT  # [H, B * P, d]
-        x = x.transpose(0, 1).reshape(B, num_first, -1)  # [B, P, H * d]
+        x = x.transpose(0, 1).flatten(1).unflatten(0, (B, num_first))  # [B, P, H * d]
         return self._project_out(x if b_v is None else x + b_v)
 
     def _is_plain(self) -> bool:
         # Adapters, parametrizations, pruning and quantization change one of the types; hooks have no public query.
         qkv = self.qkv
+        hooks = (qkv._forward_hooks, qkv._forward_pre_hooks, qkv._backward_hooks, qkv._backward_pre_hooks)
         return (
-            type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter
-            and not qkv._forward_hooks and not qkv._forward_pre_hooks
+            type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and not any(hooks)
             and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
             and not (self.training and self.attn_drop.p > 0)
         )
