@@ -301,6 +301,12 @@ def _adapt(attn: Any) -> None:
     attn.qkv = LowRankAdapter(attn.qkv)
 
 
+def _offload(attn: Any) -> None:
+    # As libraries do that bring the weights to a device for the call alone.
+    weight, bias = attn.qkv.weight.detach(), attn.qkv.bias.detach()
+    attn.qkv.to('meta').forward = lambda x: 2 * nn.functional.linear(x, weight, bias)
+
+
 PROJECTIONS: dict[str, Any] = {
     'an adapter': _adapt,
     'a parametrization': lambda attn: parametrize.register_parametrization(attn.qkv, 'weight', Double()),
@@ -309,6 +315,8 @@ PROJECTIONS: dict[str, Any] = {
         attn.qkv, 'weight', nn.Parameter(2 * attn.qkv.weight.as_subclass(WrappedTensor))),
     'a hook': lambda attn: attn.qkv.register_forward_hook(lambda _module, _args, output: 2 * output),
     'a hook before': lambda attn: attn.qkv.register_forward_pre_hook(lambda _module, args: 2 * args[0]),
+    'a hook behind': lambda attn: attn.q_norm.register_forward_hook(lambda _module, _args, output: 2 * output),
+    'offloading': _offload,
 }
 
 
@@ -537,6 +545,21 @@ def test_a_dropping_block_attends_as_a_block_of_timm_does(small_model: Any, vari
         torch.testing.assert_close(scores, expected, **ROUNDING)
 
 
+def test_stochastic_depth_acts_in_a_dropping_block_as_in_one_of_timm(small_model: Any) -> None:
+    block = small_model(drop_path_rate=0.5).blocks[-1].train()
+    x = torch.randn(8, 10, 48)
+    results = []
+    for run in (
+            lambda: Block.forward(block, x),
+            lambda: block.feed_forward(block.attend(x)[0]),
+            lambda: block(x, qkv=block.project(x)),
+    ):
+        torch.manual_seed(0)
+        results.append(run())
+    torch.testing.assert_close(results[1], results[0], **ROUNDING)
+    torch.testing.assert_close(results[2], results[0], **ROUNDING)
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_variant_runs_every_subnet_in_training_and_evaluation(small_model: Any, variant: str) -> None:
     model = small_model(**VARIANTS[variant])
@@ -556,6 +579,19 @@ def test_drop_rates_act_in_training_alone(small_model: Any, images: Tensor) -> N
         torch.testing.assert_close(model(images, keep_rate=keep_rate), plain(images, keep_rate=keep_rate), **EXACT)
     model.train()
     assert not torch.equal(model(images, keep_rate=0.3), model(images, keep_rate=0.3))
+
+
+def test_stochastic_depth_acts_in_forward_subnets_as_in_a_single_call(small_model: Any, images: Tensor) -> None:
+    model = small_model(drop_path_rate=0.5).double().train()
+    results = []
+    for run in (model, lambda x, **subnet: model.forward_subnets(x, [tuple(subnet.values())])[0]):
+        torch.manual_seed(0)
+        model.zero_grad()
+        output = run(images.double(), img_size=64, keep_rate=0.6)
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_subnets_of_one_size_share_the_masks_of_stochastic_depth(small_model: Any, images: Tensor) -> None:

@@ -129,12 +129,14 @@ class TokenKeepingAttention(Attention):
         return self._project_out(x if b_v is None else x + b_v)
 
     def _is_plain(self) -> bool:
-        # Adapters, parametrizations, pruning and quantization change one of the types; hooks have no public query.
-        qkv = self.qkv
-        hooks = (qkv._forward_hooks, qkv._forward_pre_hooks, qkv._backward_hooks, qkv._backward_pre_hooks)
+        # Adapters, parametrizations, pruning and quantization change one of the types, offloading replaces the forward
+        # of the instance; hooks have no public query.
+        parts = (self.qkv, self.q_norm, self.k_norm)
+        hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
         return (
-            type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and not any(hooks)
+            type(self.qkv) is nn.Linear and type(self.qkv.weight) is nn.Parameter
             and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+            and not any('forward' in vars(part) or any(getattr(part, kind) for kind in hooks) for part in parts)
             and not (self.training and self.attn_drop.p > 0)
         )
 
