@@ -584,10 +584,10 @@ def test_drop_rates_act_in_training_alone(small_model: Any, images: Tensor) -> N
 def test_stochastic_depth_acts_in_forward_subnets_as_in_a_single_call(small_model: Any, images: Tensor) -> None:
     model = small_model(drop_path_rate=0.5).double().train()
     results = []
-    for run in (model, lambda x, **subnet: model.forward_subnets(x, [tuple(subnet.values())])[0]):
+    for run in (run_subnet, lambda model, images, subnet: model.forward_subnets(images, [subnet])[0]):
         torch.manual_seed(0)
         model.zero_grad()
-        output = run(images.double(), img_size=64, keep_rate=0.6)
+        output = run(model, images.double(), (64, 0.6))
         output.square().sum().backward()
         results.append([output, *(parameter.grad for parameter in model.parameters())])
     for one, other in zip(*results, strict=True):

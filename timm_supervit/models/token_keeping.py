@@ -239,10 +239,11 @@ class TokenKeepingBlock(Block):
         """
         most = max(number for number in num_keep if number is not None)
         widest = None if None in num_keep else most
-        places = best_places(scores, most, self.num_prefix_tokens)
-        if widest is not None:
-            x = select_tokens(x, places)
-            places = torch.arange(places.shape[1], device=x.device).expand_as(places)  # the best come first now
+        if widest is None:
+            places = best_places(scores, most, self.num_prefix_tokens)
+        else:
+            x, places = self.keep(x, scores, widest)
+            places = torch.arange(x.shape[1], device=x.device).expand_as(places)  # the best come first now
         parts = [
             None if number is None or number == widest else places[:, :self.num_prefix_tokens + number]
             for number in num_keep
