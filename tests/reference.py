@@ -99,13 +99,20 @@ def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tens
     return -(target * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
-def training_step(model: nn.Module, x: torch.Tensor, target: torch.Tensor, subnets: list) -> list[torch.Tensor]:
+def training_step(
+        model: nn.Module,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        subnets: list,
+        own_size_teacher: bool = True,
+) -> list[torch.Tensor]:
     """Four passes, four backward calls, as the paper's training loop does; gradients add up in the parameters."""
     losses, teacher = [], torch.empty(0)
     for i, (img_size, keep_rate) in enumerate(subnets):
         logits = model(x, img_size=img_size, keep_rate=keep_rate)
         if i % 2 == 0:
-            teacher = logits.detach().softmax(dim=1)
+            if i == 0 or own_size_teacher:
+                teacher = logits.detach().softmax(dim=1)
             loss = soft_cross_entropy(logits, target)
         else:
             log_ratio = teacher.log() - logits.log_softmax(dim=1)

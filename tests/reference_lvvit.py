@@ -85,8 +85,12 @@ def token_label_step(
         box: Box,
         cls_weight: float = 1.,
         dense_weight: float = 1.,
+        own_size_teacher: bool = False,
 ) -> list[torch.Tensor]:
-    """Four passes, four backward calls; ``target`` holds soft token labels, ``box`` is one on the largest grid."""
+    """Four passes, four backward calls; ``target`` holds soft token labels, ``box`` is one on the largest grid.
+
+    All that drop tokens learn from the first subnet, or each from the network of its own size.
+    """
     largest = max(model.img_sizes)
     grid = math.isqrt(model.pos_embed_list[-1].shape[1])
     row0, col0, row1, col1 = box
@@ -97,7 +101,8 @@ def token_label_step(
         features = model.features(x, img_size, keep_rate, scale_box(box, grid, grid * img_size // largest))
         logits = model.head(features[:, 0])
         if i % 2 == 0:
-            teacher = logits.detach().softmax(dim=1)
+            if i == 0 or own_size_teacher:
+                teacher = logits.detach().softmax(dim=1)
             loss = soft_cross_entropy(logits, image_target)
             if i == 0:
                 maps = model.aux_head(features[:, 1:]).transpose(1, 2).unflatten(2, (grid, grid))

@@ -96,21 +96,25 @@ def test_every_subnet_gives_the_official_logits(golden: Any, dtype: torch.dtype,
     assert_official_logits(model, tensors, dtype)
 
 
+@pytest.mark.parametrize('reading', ['', 'own_size_teacher.'])
 @pytest.mark.parametrize('share_prefix', [True, False])
 def test_a_training_step_gives_the_official_losses_and_gradients(
         golden: Any,
         fixed_box: Any,
         share_prefix: bool,
+        reading: str,
 ) -> None:
     model, tensors, settings = golden
     model.double().share_prefix = share_prefix
+    if reading:
+        model.distill_teacher = 'own_size'
     fixed_box(settings['mix_token_box_14'])
     task = create_task(model, subnets=settings['train_subnets'])
     result = task(tensors['input'].double(), tensors['target'].double())
-    torch.testing.assert_close(get_losses(result), tensors['losses'], atol=1e-10, rtol=0)
+    torch.testing.assert_close(get_losses(result), tensors[f'{reading}losses'], atol=1e-10, rtol=0)
     torch.testing.assert_close(result['output'], tensors['train.cls_logits'], atol=1e-10, rtol=0)
     result['loss'].backward()
-    assert_official_gradients(model, tensors)
+    assert_official_gradients(model, tensors, reading)
 
 
 def test_the_first_subnet_gives_the_official_token_logits(golden: Any) -> None:
@@ -160,6 +164,7 @@ def test_every_subnet_gives_the_logits_of_the_reference(
                 output, reference(images.to(dtype), *subnet), atol=LOGITS[dtype], rtol=0)
 
 
+@pytest.mark.parametrize('distill_teacher', ['largest_size', 'own_size'])
 @pytest.mark.parametrize('share_prefix', [True, False])
 @pytest.mark.parametrize('batch_size', [2, 3])
 def test_a_training_step_gives_the_losses_gradients_and_buffers_of_the_reference(
@@ -167,11 +172,15 @@ def test_a_training_step_gives_the_losses_gradients_and_buffers_of_the_reference
         fixed_box: Any,
         batch_size: int,
         share_prefix: bool,
+        distill_teacher: str,
 ) -> None:
     model, reference = create_pair(
-        lvvit, torch.float64, share_prefix=share_prefix, cls_weight=0.5, dense_weight=2.)
+        lvvit, torch.float64, share_prefix=share_prefix, distill_teacher=distill_teacher,
+        cls_weight=0.5, dense_weight=2.)
     images, target = torch.randn(batch_size, 3, 64, 64).double(), draw_token_labels(batch_size, 16)
-    expected = token_label_step(reference.train(), images, target, STEP, BOX, cls_weight=0.5, dense_weight=2.)
+    expected = token_label_step(
+        reference.train(), images, target, STEP, BOX, cls_weight=0.5, dense_weight=2.,
+        own_size_teacher=distill_teacher == 'own_size')
     fixed_box(BOX)
     result = create_task(model, subnets=STEP)(images, target)
     torch.testing.assert_close(get_losses(result), torch.stack(expected), atol=1e-10, rtol=0)

@@ -1011,6 +1011,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     'a dropping block that is not whole': (dict(drop_layers=(1.5,)), r'1\.5 is no block'),
     'a dropping block twice': (dict(drop_layers=(1, 1)), r'\(1, 1\) repeat a block; use \(1,\)'),
     'an unknown sampling': (dict(train_subnets='some'), r"train_subnets 'some' is unknown; use one of sandwich"),
+    'an unknown teacher': (dict(distill_teacher='me'), r"distill_teacher 'me' is unknown; use one of own_size"),
     'no class token': (dict(class_token=False), r'class_token=True'),
     'images of dynamic size': (dict(dynamic_img_size=True), r'dynamic_img_size=False'),
     'dropped patches': (dict(patch_drop_rate=0.5), r'patch_drop_rate=0'),

@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 __all__ = [
+    'DISTILL_TEACHERS',
     'TRAIN_SUBNETS',
     'Subnet',
+    'check_choice',
     'check_drop_layers',
     'check_img_size',
     'check_img_sizes',
     'check_keep_rate',
     'check_keep_rates',
-    'check_train_subnets',
     'keep_schedule',
     'transformer_macs',
 ]
 
 TRAIN_SUBNETS = ('sandwich', 'all', 'active')
+DISTILL_TEACHERS = ('own_size', 'largest_size')
 
 
 class Subnet(NamedTuple):
@@ -109,15 +111,15 @@ def check_drop_layers(drop_layers: Any, depth: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def check_train_subnets(train_subnets: Any) -> str:
-    """Return the name of a sampling mode.
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return the value of a setting that is one of several words.
 
     Raises:
-        ValueError: If it is none of ``TRAIN_SUBNETS``.
+        ValueError: If it is none of ``choices``.
     """
-    if train_subnets not in TRAIN_SUBNETS:
-        raise ValueError(f'train_subnets {train_subnets!r} is unknown; use one of {", ".join(TRAIN_SUBNETS)}')
-    return str(train_subnets)
+    if value not in choices:
+        raise ValueError(f'{name} {value!r} is unknown; use one of {", ".join(choices)}')
+    return str(value)
 
 
 def keep_schedule(

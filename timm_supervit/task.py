@@ -1,7 +1,7 @@
 """Super-training: the objective of SuperViT (arXiv 2205.11397) as a task of timm's Task API.
 
 One step runs several subnets on one batch and adds up their losses: networks that keep all tokens learn from the
-labels, networks that drop some learn from the network of their own size that keeps all. One backward pass and one
+labels, networks that drop some learn from one that keeps all. One backward pass and one
 update follow, both done by the training script.
 """
 import logging
@@ -32,7 +32,7 @@ class SubnetLoss(NamedTuple):
 
     Attributes:
         subnet: The subnet.
-        role: ``label``, it learned from the labels, or ``distill``, from its size's network that keeps all tokens.
+        role: ``label``, it learned from the labels, or ``distill``, from a network that keeps all tokens.
         loss: Its loss.
     """
 
@@ -68,6 +68,9 @@ class SuperViTTask(ClassificationTask):
       at a random lower rate each learn from them.
     - ``all``: every size at 1.0 learns from the labels, and every lower rate from its own size at 1.0.
     - ``active``: the active subnet learns from the labels, as any timm model.
+
+    ``distill_teacher`` chooses what is meant by "them" and "its own size": ``own_size``, as the paper and the official
+    DeiT loop have it, or (S, 1.0) for all, ``largest_size``, as the official LV-ViT loop has it.
 
     The draws come from a generator of the task's own, seeded from torch's seed. It is the same on every rank and part
     of the checkpoint. Evaluation, EMA and checkpoints see the plain model. Whenever timm's script logs its training
@@ -146,8 +149,9 @@ class SuperViTTask(ClassificationTask):
         losses, roles = [], []
         for subnet, logits in zip(subnets, outputs, strict=True):
             if subnet.img_size in teachers:
+                teacher = teachers[subnet.img_size] if self.model.distill_teacher == 'own_size' else outputs[0]
                 roles.append('distill')
-                losses.append(distillation_loss(logits, teachers[subnet.img_size]))
+                losses.append(distillation_loss(logits, teacher))
             else:
                 roles.append('label')
                 losses.append(label_loss(logits))

@@ -130,6 +130,7 @@ class SuperLVViT(SuperVisionTransformer):
             skip_lam: float = 1.,
             cls_weight: float = 1.,
             dense_weight: float = 1.,
+            distill_teacher: str = 'largest_size',
             mlp_ratio: float = 3.,
             qkv_bias: bool = False,
             norm_layer: Any = nn.LayerNorm,  # its eps is 1e-5, that of timm's is 1e-6
@@ -143,6 +144,9 @@ class SuperLVViT(SuperVisionTransformer):
             skip_lam: What residual branches are divided by.
             cls_weight: Weight of the class token's loss, not negative.
             dense_weight: Weight of the patch tokens' loss, not negative.
+            distill_teacher: As for ``SuperVisionTransformer``. The official LV-ViT loop, by which the published weights
+                were trained, never replaces its first teacher, the network of the largest size; its DeiT loop does, and
+                so says the paper.
 
         Raises:
             ValueError: If a setting does not fit; the message says what would.
@@ -155,6 +159,7 @@ class SuperLVViT(SuperVisionTransformer):
             raise ValueError(f'skip_lam {skip_lam} takes the place of the scale that init_values would learn; '
                              f'leave init_values out or set skip_lam=1')
         super().__init__(
+            distill_teacher=distill_teacher,
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             norm_layer=norm_layer,

@@ -21,13 +21,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..subnets import (
+    DISTILL_TEACHERS,
+    TRAIN_SUBNETS,
     Subnet,
+    check_choice,
     check_drop_layers,
     check_img_size,
     check_img_sizes,
     check_keep_rate,
     check_keep_rates,
-    check_train_subnets,
     keep_schedule,
     transformer_macs,
 )
@@ -108,6 +110,7 @@ class SuperVisionTransformer(VisionTransformer):
         keep_rates: Keep rates of the grid, ascending.
         drop_layers: Blocks that drop tokens, counted from 0.
         train_subnets: Which subnets a training step of ``SuperViTTask`` runs.
+        distill_teacher: Which subnet those that drop tokens learn from in that step.
         share_prefix: Whether ``forward_subnets`` computes what subnets of one size have in common once.
         task_class: The task that trains the model, as module:name.
     """
@@ -122,6 +125,7 @@ class SuperVisionTransformer(VisionTransformer):
             img_size: int | Sequence[int] | None = None,
             keep_rate: float = 1.0,
             train_subnets: str = 'sandwich',
+            distill_teacher: str = 'own_size',
             share_prefix: bool = True,
             patch_size: int | Sequence[int] = 16,
             embed_dim: int = 768,
@@ -143,6 +147,8 @@ class SuperVisionTransformer(VisionTransformer):
             img_size: Size of the active subnet (default: the largest).
             keep_rate: Keep rate of the active subnet, in (0, 1]; it need not be in ``keep_rates``.
             train_subnets: ``sandwich`` (the official sampling), ``all`` or ``active``, see ``SuperViTTask``.
+            distill_teacher: ``own_size`` or ``largest_size``: the network that keeps all tokens from which those that
+                drop some learn in training, that of their own size or that of the largest.
             share_prefix: Compute what subnets of one size have in common once, in evaluation and in training.
 
         Raises:
@@ -158,7 +164,6 @@ class SuperVisionTransformer(VisionTransformer):
         img_sizes = check_img_sizes(img_sizes, patch_size)
         keep_rates = check_keep_rates(keep_rates)
         drop_layers = check_drop_layers(drop_layers, depth)
-        check_train_subnets(train_subnets)
         super().__init__(
             img_size=img_sizes[-1],
             patch_size=patch_size,
@@ -178,7 +183,8 @@ class SuperVisionTransformer(VisionTransformer):
         self.img_sizes = img_sizes
         self.keep_rates = keep_rates
         self.drop_layers = drop_layers
-        self.train_subnets = train_subnets
+        self.train_subnets = check_choice('train_subnets', train_subnets, TRAIN_SUBNETS)
+        self.distill_teacher = check_choice('distill_teacher', distill_teacher, DISTILL_TEACHERS)
         self.share_prefix = share_prefix
         self.subnet = Subnet(img_sizes[-1] if img_size is None else check_img_size(img_size), keep_rate)
         lengths = [grid_size ** 2 + self.num_embed_prefix_tokens for grid_size in self.grid_sizes]
