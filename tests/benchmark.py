@@ -26,11 +26,10 @@ from timm_supervit.models.token_keeping import TokenKeepingBlock
 class KeepFirst:
     """Drops as many tokens as the block of the package, without looking which: what dropping costs at least."""
 
-    def attend(self, x, qkv=None):
-        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x)))), x
-
-    def keep(self, x, scores, num_keep):
-        return x[:, :self.num_prefix_tokens + num_keep], scores
+    def forward(self, x, num_keep=None):
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x if num_keep is None else x[:, :self.num_prefix_tokens + num_keep]
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class KeepFirstBlock(KeepFirst, TokenKeepingBlock):

@@ -53,7 +53,7 @@ def run_task(model: Any, images: torch.Tensor, target: torch.Tensor, subnets: li
     task.sample_subnets = lambda: [type(model.subnet)(*subnet) for subnet in subnets]  # type: ignore[method-assign]
     result = task(images, target)
     result['loss'].backward()
-    return [torch.tensor(subnet_loss.loss, dtype=torch.float64) for subnet_loss in result['subnet_losses']]
+    return [subnet_loss.loss.double() for subnet_loss in result['subnet_losses']]
 
 
 @pytest.fixture

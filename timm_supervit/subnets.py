@@ -6,6 +6,7 @@ a share of its tokens. This file is arithmetic only; it knows neither torch nor 
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -18,8 +19,8 @@ __all__ = [
     'check_img_sizes',
     'check_keep_rate',
     'check_keep_rates',
+    'check_subnet',
     'keep_schedule',
-    'transformer_macs',
 ]
 
 TRAIN_SUBNETS = ('sandwich', 'all', 'active')
@@ -49,9 +50,9 @@ def check_img_size(img_size: Any) -> int:
         if len(img_size) != 2 or img_size[0] != img_size[1]:
             raise ValueError(f'img_size {img_size} is not square; give one side in pixels, as in img_size=224')
         side = img_size[0]
-    if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+    if isinstance(side, bool) or not isinstance(side, Integral) or side < 1:
         raise ValueError(f'img_size {img_size!r} is not a positive whole number of pixels, as in img_size=224')
-    return side
+    return int(side)
 
 
 def check_img_sizes(img_sizes: Any, patch_size: int) -> tuple[int, ...]:
@@ -77,7 +78,7 @@ def check_keep_rate(keep_rate: Any) -> float:
     Raises:
         ValueError: If it is not in (0, 1].
     """
-    if isinstance(keep_rate, bool) or not isinstance(keep_rate, (int, float)) or not 0 < keep_rate <= 1:
+    if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or not 0 < float(keep_rate) <= 1:
         raise ValueError(f'keep_rate {keep_rate!r} is not in (0, 1]; 0.7 keeps 70 % of the tokens, 1.0 all of them')
     return float(keep_rate)
 
@@ -92,6 +93,22 @@ def check_keep_rates(keep_rates: Any) -> tuple[float, ...]:
     if len(set(rates)) < len(rates):
         raise ValueError(f'keep_rates {rates} repeat a rate; use {tuple(sorted(set(rates)))}')
     return tuple(sorted(rates))
+
+
+def check_subnet(subnet: Any, img_sizes: Sequence[int]) -> Subnet:
+    """Return a pair (img_size, keep_rate) as a subnet of a grid; its rate need not be one of the grid's.
+
+    Raises:
+        ValueError: If it is no such pair, the size is none of ``img_sizes``, or the rate is not in (0, 1].
+    """
+    if isinstance(subnet, str) or not isinstance(subnet, Sequence) or len(subnet) != 2:
+        raise ValueError(f'subnet {subnet!r} is no pair (img_size, keep_rate), as in ({img_sizes[-1]}, 0.7)')
+    img_size, keep_rate = check_img_size(subnet[0]), check_keep_rate(subnet[1])
+    if img_size not in img_sizes:
+        raise ValueError(
+            f'img_size {img_size} is none of img_sizes {tuple(img_sizes)}; '
+            f'choose one of them, or add it with set_input_size({img_size})')
+    return Subnet(img_size, keep_rate)
 
 
 def check_drop_layers(drop_layers: Any, depth: int) -> tuple[int, ...]:
@@ -127,8 +144,8 @@ def keep_schedule(
         keep_rate: float,
         drop_layers: Sequence[int],
         depth: int,
-) -> tuple[int | None, ...]:
-    """Return, for each block, how many patch tokens it keeps, or None where it drops none.
+) -> dict[int, int]:
+    """Return how many patch tokens are kept by each block that drops some, in the order of the blocks.
 
     A dropping block that sees T tokens, the class token included, keeps the class token and the
     ``min(T - 1, ceil(keep_rate * T))`` best patch tokens (official code, ``deit/super_deit.py``). Register tokens are
@@ -137,41 +154,15 @@ def keep_schedule(
     Args:
         num_patches: Patch tokens that enter the first block.
         keep_rate: Share of the tokens that is kept, in (0, 1].
-        drop_layers: Indices of the dropping blocks.
+        drop_layers: Indices of the dropping blocks, ascending. Those beyond ``depth`` do nothing.
         depth: Number of blocks.
     """
-    schedule: list[int | None] = []
-    for layer in range(depth):
-        num_tokens = num_patches + 1
-        num_keep = min(num_patches, math.ceil(keep_rate * num_tokens)) if layer in drop_layers else num_patches
-        schedule.append(num_keep if num_keep < num_patches else None)
-        num_patches = num_keep
-    return tuple(schedule)
-
-
-def transformer_macs(
-        num_patches: int,
-        schedule: Sequence[int | None],
-        num_prefix_tokens: int,
-        embed_dim: int,
-        mlp_ratio: float,
-) -> int:
-    """Return the multiply-accumulates of the blocks for one image, attention products included.
-
-    Args:
-        num_patches: Patch tokens that enter the first block.
-        schedule: Patch tokens that each block keeps, from ``keep_schedule``.
-        num_prefix_tokens: Class and register tokens.
-        embed_dim: Width D of the tokens.
-        mlp_ratio: Hidden width of the FFN over D.
-    """
-    macs = 0
-    for num_keep in schedule:
-        num_tokens = num_patches + num_prefix_tokens
-        macs += 4 * num_tokens * embed_dim ** 2 + 2 * num_tokens ** 2 * embed_dim  # qkv and projection; q @ k, attn @ v
-        num_patches = num_patches if num_keep is None else num_keep
-        macs += 2 * (num_patches + num_prefix_tokens) * embed_dim * int(embed_dim * mlp_ratio)
-    return macs
+    schedule = {}
+    for layer in drop_layers:
+        num_keep = min(num_patches, math.ceil(keep_rate * (num_patches + 1)))
+        if layer < depth and num_keep < num_patches:
+            schedule[layer] = num_patches = num_keep
+    return schedule
 
 
 def _as_sequence(values: Any, name: str, example: str) -> Sequence[Any]:

@@ -1,23 +1,21 @@
 """Super-training: the objective of SuperViT (arXiv 2205.11397) as a task of timm's Task API.
 
 One step runs several subnets on one batch and adds up their losses: networks that keep all tokens learn from the
-labels, networks that drop some learn from one that keeps all. One backward pass and one
-update follow, both done by the training script.
+labels, networks that drop some learn from one that keeps all. One backward pass and one update follow, both done by the
+training script.
 """
 import logging
 import math
-import weakref
-from collections import defaultdict
-from collections.abc import Sequence
+import random
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .models.supervit import SuperVisionTransformer
 from .subnets import Subnet
@@ -33,12 +31,12 @@ class SubnetLoss(NamedTuple):
     Attributes:
         subnet: The subnet.
         role: ``label``, it learned from the labels, or ``distill``, from a network that keeps all tokens.
-        loss: Its loss.
+        loss: Its loss, without a gradient, on the device of the step [].
     """
 
     subnet: Subnet
     role: str
-    loss: float
+    loss: Tensor
 
 
 def is_supervit(model: nn.Module) -> bool:
@@ -65,17 +63,26 @@ class SuperViTTask(ClassificationTask):
     The model's setting ``train_subnets`` chooses the subnets of a step, with S the largest size:
 
     - ``sandwich``, the official sampling: (S, 1.0) and a random smaller size at 1.0 learn from the labels; both sizes
-      at a random lower rate each learn from them.
-    - ``all``: every size at 1.0 learns from the labels, and every lower rate from its own size at 1.0.
+      at a random lower rate each learn from a network that keeps all tokens.
+    - ``all``: every size at 1.0 learns from the labels, and every lower rate from a network that keeps all tokens.
     - ``active``: the active subnet learns from the labels, as any timm model.
 
-    ``distill_teacher`` chooses what is meant by "them" and "its own size": ``own_size``, as the paper and the official
-    DeiT loop have it, or (S, 1.0) for all, ``largest_size``, as the official LV-ViT loop has it.
+    That network is the one of their own size with ``distill_teacher='own_size'``, as in the paper and the official DeiT
+    loop, or (S, 1.0) for all with ``largest_size``, as in the official LV-ViT loop.
 
     The draws come from a generator of the task's own, seeded from torch's seed. It is the same on every rank and part
-    of the checkpoint. Evaluation, EMA and checkpoints see the plain model. Whenever timm's script logs its training
-    loss, the task logs each subnet's mean loss since the last time, so that one that diverges shows.
+    of the checkpoint. Evaluation, EMA and checkpoints see the plain model.
+
+    A step does not wait for the device. Every ``log_interval`` steps and before each checkpoint the task logs the mean
+    loss of each subnet since the last time, so that one that diverges shows; one that is not finite ends the training
+    then. An interval of 1 finds it in its own step.
+
+    Attributes:
+        log_interval: Steps from one log line to the next. It is the default of timm's ``train.py``, which does not tell
+            its own to the task.
     """
+
+    log_interval = 50
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Create the task.
@@ -86,13 +93,13 @@ class SuperViTTask(ClassificationTask):
             **kwargs: As for ``ClassificationTask``.
         """
         super().__init__(model, *args, **kwargs)
-        self.recent_losses: dict[tuple[str, Subnet], list[float]] = defaultdict(list)
-        self.generator = torch.Generator().manual_seed(torch.initial_seed())
+        self.draws = random.Random(torch.initial_seed())
+        self._sums: dict[tuple[str, Subnet], tuple[Tensor, int]] = {}  # of the losses since the last log line
+        self._num_steps = 0
         if self.verbose:
             _logger.info(
                 f'Super-training img_sizes {self.model.img_sizes} x keep_rates {self.model.keep_rates}, '
                 f'train_subnets={self.model.train_subnets}')
-            _follow_training_log(self)
 
     @property
     def model(self) -> SuperVisionTransformer:
@@ -111,14 +118,11 @@ class SuperViTTask(ClassificationTask):
         # One order of draws, whatever the grid: the rate of the largest size, a smaller size, its rate.
         subnets = []
         for sizes in filter(None, ([largest], smaller_sizes)):
-            size = self._draw(sizes)
+            size = self.draws.choice(sizes)
             subnets.append(Subnet(size, 1.0))
             if lower_rates:
-                subnets.append(Subnet(size, self._draw(lower_rates)))
+                subnets.append(Subnet(size, self.draws.choice(lower_rates)))
         return subnets
-
-    def _draw(self, choices: Sequence[Any]) -> Any:
-        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """Run one training step's forward passes.
@@ -132,17 +136,18 @@ class SuperViTTask(ClassificationTask):
             ``SubnetLoss`` for each subnet.
 
         Raises:
-            FloatingPointError: If a loss is not finite; the message names the subnet.
+            FloatingPointError: If a loss since the last log line is not finite; the message names the subnet.
+            ValueError: If the criterion does not return one number.
         """
         subnets = self.sample_subnets()
-        outputs = self._forward_subnets(input, subnets)
+        outputs = self.trainable_module(input, subnets=subnets)
         return self._add_up(subnets, outputs, lambda logits: self.criterion(logits, target))
 
     def _add_up(
             self,
             subnets: Sequence[Subnet],
             outputs: Sequence[Tensor],
-            label_loss: Any,
+            label_loss: Callable[[Tensor], Tensor],
     ) -> dict[str, Any]:
         # label_loss(logits) is the loss of a subnet that learns from the labels.
         teachers: dict[int, Tensor] = {}
@@ -156,33 +161,45 @@ class SuperViTTask(ClassificationTask):
                 roles.append('label')
                 losses.append(label_loss(logits))
                 teachers[subnet.img_size] = logits
+                if losses[-1].ndim:
+                    raise ValueError(
+                        f'the criterion returned a loss of shape {tuple(losses[-1].shape)}, and the losses of the '
+                        f'subnets add up to one number; use one with reduction="mean"')
         loss = torch.stack(losses)
-        subnet_losses = [SubnetLoss(*row) for row in zip(subnets, roles, loss.detach().tolist(), strict=True)]
-        faulty = ', '.join(f'{s.subnet} ({s.role}): {s.loss}' for s in subnet_losses if not math.isfinite(s.loss))
+        subnet_losses = [SubnetLoss(*row) for row in zip(subnets, roles, loss.detach().unbind(), strict=True)]
+        self._keep_for_log(subnet_losses)
+        return {'loss': loss.sum(), 'output': outputs[0], 'subnet_losses': subnet_losses}
+
+    def _keep_for_log(self, subnet_losses: Sequence[SubnetLoss]) -> None:
+        for subnet, role, loss in subnet_losses:
+            total, count = self._sums.get((role, subnet), (torch.zeros_like(loss), 0))
+            self._sums[role, subnet] = total + loss, count + 1
+        self._num_steps += 1
+        if self._num_steps % self.log_interval == 0:
+            self.log_losses()
+
+    def log_losses(self) -> None:
+        """Log the mean loss of each role and subnet since the last time, on the first rank.
+
+        Raises:
+            FloatingPointError: If one is not finite; the message names the subnet.
+        """
+        keys = sorted(self._sums)
+        totals = torch.stack([self._sums[key][0] for key in keys]).tolist() if keys else []
+        means = {key: total / self._sums[key][1] for key, total in zip(keys, totals, strict=True)}
+        self._sums.clear()
+        faulty = ', '.join(f'{subnet} ({role}): {x}' for (role, subnet), x in means.items() if not math.isfinite(x))
         if faulty:
             raise FloatingPointError(
                 f'loss is not finite for {faulty}; lower the learning rate, clip gradients or train in bfloat16, '
                 f'and resume from the last checkpoint')
-        for s in subnet_losses:
-            self.recent_losses[s.role, s.subnet].append(s.loss)
-        return {'loss': loss.sum(), 'output': outputs[0], 'subnet_losses': subnet_losses}
-
-    def _forward_subnets(self, *args: Any) -> list[Any]:
-        if isinstance(self.trainable_module, DistributedDataParallel):
-            return self.trainable_module(*args)
-        return self.model.forward_subnets(*args)
-
-    def log_recent_losses(self) -> None:
-        """Log the mean loss of each role and subnet since the last call, by standard logging."""
-        parts = []
-        for role in ('label', 'distill'):
-            means = {s: math.fsum(x) / len(x) for (r, s), x in sorted(self.recent_losses.items()) if r == role}
-            if means:
-                subnets = ', '.join(f'{s.img_size}@{s.keep_rate:g} {mean:#.3g}' for s, mean in means.items())
-                values = [x for (r, _), losses in self.recent_losses.items() if r == role for x in losses]
-                parts.append(f'{role} {math.fsum(values) / len(values):#.3g} ({subnets})')
-        self.recent_losses.clear()
-        if parts:
+        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if self.verbose and is_first and means:
+            parts = []
+            for role in sorted({role for role, _ in means}, reverse=True):  # label, distill
+                own = {subnet: mean for (r, subnet), mean in means.items() if r == role}
+                subnets = ', '.join(f'{s.img_size}@{s.keep_rate:g} {mean:#.3g}' for s, mean in own.items())
+                parts.append(f'{role} {statistics.fmean(own.values()):#.3g} ({subnets})')
             _logger.info(f'Subnets: {", ".join(parts)}')
 
     def compile(  # type: ignore[override]
@@ -191,26 +208,14 @@ class SuperViTTask(ClassificationTask):
             mode: str | None = None,
             **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile the blocks in place, each for any number of tokens, so that no subnet compiles anew.
-
-        Stochastic depth stays outside, since its rate, a constant in a compiled graph, differs in every block: the
-        blocks share their graphs then.
+        """Compile the model in place, see its ``compile``.
 
         Args:
             backend: As for ``torch.compile``.
             mode: As for ``torch.compile``.
             **compile_kwargs: Further arguments of ``torch.compile``.
         """
-        if any(isinstance(module, DropPath) for module in self.model.modules()):
-            for block in self.model.blocks:
-                for name in ('drop_path1', 'drop_path2'):
-                    # timm gives a block of rate 0, the first, none of them; with one it shares the graphs, too.
-                    drop_path = getattr(block, name)
-                    drop_path = drop_path if isinstance(drop_path, DropPath) else DropPath()
-                    drop_path.forward = torch.compiler.disable(drop_path.forward)  # type: ignore[method-assign]
-                    setattr(block, name, drop_path)
-        for block in self.model.blocks:
-            block.compile(backend=backend, mode=mode, **{'dynamic': True, **compile_kwargs})
+        self.model.compile(backend=backend, mode=mode, **compile_kwargs)
         return self.trainable_module
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'SuperViTTask':
@@ -220,21 +225,23 @@ class SuperViTTask(ClassificationTask):
             device_ids: As for ``DistributedDataParallel``; ignored for a model on the CPU, where torch takes none.
             **ddp_kwargs: Further arguments of ``DistributedDataParallel``.
         """
-        parameter = next(self.model.parameters())
-        state = self.generator.get_state().to(parameter.device)
-        torch.distributed.broadcast(state, src=0)  # the ranks' torch seeds differ, their draws must not
-        self.generator.set_state(state.cpu())
-        self.eval_model: Any = self.get_eval_model()
-        self.trainable_module = DistributedDataParallel(
-            _ForwardSubnets(self.trainable_module),
-            device_ids=None if parameter.device.type == 'cpu' else device_ids,
-            **ddp_kwargs,
-        )
+        device = next(self.model.parameters()).device
+        state = [self.draws.getstate()]
+        torch.distributed.broadcast_object_list(state, src=0, device=device)  # the seeds differ, the draws must not
+        self.draws.setstate(state[0])
+        super().prepare_distributed(None if device.type == 'cpu' else device_ids, **ddp_kwargs)
         return self
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the state of the generator that draws the subnets, for the checkpoint."""
-        return {} if ema else {'subnet_generator': self.generator.get_state()}
+        """Return the state of the generator that draws the subnets, for the checkpoint.
+
+        Raises:
+            FloatingPointError: If a loss since the last log line is not finite: such a network is not worth keeping.
+        """
+        if ema:
+            return {}
+        self.log_losses()
+        return {'subnet_draws': self.draws.getstate()}
 
     def load_task_state(
             self,
@@ -245,28 +252,4 @@ class SuperViTTask(ClassificationTask):
     ) -> None:
         """Go on drawing subnets where the checkpoint stopped; one without this state leaves the generator alone."""
         if state and not ema:
-            self.generator.set_state(state['subnet_generator'])
-
-
-def _follow_training_log(task: SuperViTTask) -> None:
-    """Let a task log its losses whenever timm's train.py logs its own: the interval is known to the script alone."""
-    reference = weakref.ref(task)
-
-    def follow(record: logging.LogRecord) -> bool:
-        task = reference()
-        if task is not None and record.getMessage().startswith('Train:'):
-            task.log_recent_losses()
-        return True
-
-    logging.getLogger('train').addFilter(follow)
-
-
-class _ForwardSubnets(nn.Module):
-    """Makes ``forward_subnets`` the forward that DistributedDataParallel prepares; unwrapped by timm as any wrapper."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module: Any = module
-
-    def forward(self, *args: Any) -> list[Any]:
-        return self.module.forward_subnets(*args)
+            self.draws.setstate(state['subnet_draws'])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .models.lvvit import SuperLVViT
-from .models.mix_token import box_share, draw_box, scale_box
+from .models.mix_token import box_share, draw_box
 from .task import SuperViTTask
 
 __all__ = ['TokenLabelTask']
@@ -49,15 +49,15 @@ class TokenLabelTask(SuperViTTask):
         """
         model = cast(SuperLVViT, self.model)
         subnets = self.sample_subnets()
-        grid_size = model.grid_sizes[model.img_sizes.index(subnets[0].img_size)]
+        grid_size = model.grid_size(subnets[0].img_size)
         self._check_target(input, target, grid_size ** 2, subnets[0].keep_rate)
         if subnets[0].keep_rate < 1:
             return super().forward(input, target)
 
-        largest = model.grid_sizes[-1]
-        box = draw_box(largest, self.generator)
-        share = box_share(scale_box(box, largest, grid_size), grid_size)
-        (first, token_logits), *others = self._forward_subnets(input, subnets, box)  # [B, classes], [B, N, classes]
+        box = draw_box(model.grid_size(model.img_sizes[-1]), self.draws)
+        share = box_share(model.scale_box(box, grid_size), grid_size)
+        outputs = self.trainable_module(input, subnets=subnets, mix_box=box)
+        (first, token_logits), *others = outputs  # [B, classes], [B, N, classes]; the others [B, classes]
         if target.ndim == 3:
             criterion: Any = F.cross_entropy
             image_target, token_target = target[:, :, 1], target[:, :, 2:].transpose(1, 2).flatten(0, 1)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import PatchEmbed
 from timm.models import clean_state_dict, generate_default_cfgs, register_model
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from ..subnets import Subnet, check_img_size
+from ..subnets import check_img_size, check_subnet
 from .mix_token import Box, scale_box, swap_box
 from .supervit import SuperVisionTransformer, create_supervit, supervit_cfg
 from .token_keeping import TokenKeepingBlock
@@ -169,7 +170,10 @@ class SuperLVViT(SuperVisionTransformer):
         )
         self.cls_weight = cls_weight
         self.dense_weight = dense_weight
+        head = self.head
+        del self.head
         self.aux_head = self._create_aux_head()
+        self.head = head  # the last again, see ``SuperVisionTransformer``
 
     def _create_aux_head(self) -> nn.Module:
         if not self.num_classes:
@@ -189,10 +193,10 @@ class SuperLVViT(SuperVisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._create_aux_head()
 
-    def macs(self, subnet: Subnet) -> int:
+    def macs(self, subnet: tuple[int, float]) -> int:
         """Return the multiply-accumulates of a subnet for one image: stem, blocks and both heads."""
-        num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
-        kept = min([num_patches, *(num_keep for num_keep in self._schedule(subnet) if num_keep is not None)])
+        subnet = check_subnet(subnet, self.img_sizes)
+        kept = min([self.grid_size(subnet.img_size) ** 2, *self._schedule(subnet).values()])
         return super().macs(subnet) + kept * self.embed_dim * self.num_classes
 
     def _embed_macs(self, num_patches: int) -> int:
@@ -208,11 +212,13 @@ class SuperLVViT(SuperVisionTransformer):
             x: Images of one of ``img_sizes``.
             mix_box: MixToken's box on the grid of the largest size; None mixes nothing.
         """
-        grid_size = x.shape[-1] // self.patch_embed.patch_size[0]
+        grid_size = self.grid_size(x.shape[-1])
         x = self.patch_embed(x)
-        if mix_box is None:
-            return x
-        return swap_box(x, scale_box(mix_box, self.grid_sizes[-1], grid_size), grid_size)
+        return x if mix_box is None else swap_box(x, self.scale_box(mix_box, grid_size), grid_size)
+
+    def scale_box(self, mix_box: Box, grid_size: int) -> Box:
+        """Carry MixToken's box over from the grid of the largest size to another."""
+        return scale_box(mix_box, self.grid_size(self.img_sizes[-1]), grid_size)
 
     def class_logits(self, x: Tensor) -> Tensor:
         """Return the class token's logits [B, num_classes] for tokens [B, T, D]."""
@@ -242,38 +248,55 @@ class SuperLVViT(SuperVisionTransformer):
             return super().forward_head(x, pre_logits)
         return self.class_logits(x) + 0.25 * self.token_logits(x).amax(dim=1)
 
+    def forward(
+            self,
+            x: Tensor,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+            img_size: int | None = None,
+            keep_rate: float | None = None,
+            subnets: Sequence[tuple[int, float]] | None = None,
+            mix_box: Box | None = None,
+    ) -> Any:
+        """Run subnets as ``SuperVisionTransformer`` does, or those of a training step with MixToken.
+
+        Args:
+            x: Images [B, C, H, W] of any size.
+            attn_mask: As for ``forward_features``.
+            is_causal: As for ``forward_features``.
+            img_size: As for ``forward_features``.
+            keep_rate: As for ``forward_features``.
+            subnets: Run these instead.
+            mix_box: With ``subnets``, MixToken's box on the grid of the largest size, empty for no mixing.
+
+        Returns:
+            Logits [B, num_classes]; a list of them with ``subnets``. With a box they are those of the class token
+            alone, and the first entry is a pair of them and the logits of every patch [B, N, num_classes], those inside
+            the box given back to the images that the patches came from.
+
+        Raises:
+            ValueError: As in ``SuperVisionTransformer``; or if there is a box and the first subnet drops tokens.
+        """
+        if mix_box is None or isinstance(mix_box, torch.fx.Proxy) or subnets is None:
+            return super().forward(x, attn_mask, is_causal, img_size, keep_rate, subnets)
+        first = check_subnet(subnets[0], self.img_sizes)
+        if self._schedule(first):
+            raise ValueError(f'{first} drops tokens, and token labels need all; put a subnet of keep_rate 1.0 first')
+        with_patches = [i == 0 for i in range(len(subnets))]
+        features = self.forward_features_subnets(x, subnets, with_patches, mix_box=mix_box)
+        logits = [self.class_logits(tokens) for tokens in features]
+        grid_size = self.grid_size(first.img_size)
+        token_logits = swap_box(self.token_logits(features[0]), self.scale_box(mix_box, grid_size), grid_size)
+        return [(logits[0], token_logits), *logits[1:]]
+
     def forward_subnets(
             self,
             x: Tensor,
             subnets: Sequence[tuple[int, float]],
             mix_box: Box | None = None,
     ) -> list[Any]:
-        """Run several subnets on one batch, or those of a training step with MixToken.
-
-        Args:
-            x: Images [B, C, H, W] of any size.
-            subnets: Pairs (img_size, keep_rate), in any order.
-            mix_box: MixToken's box on the grid of the largest size, empty for no mixing.
-
-        Returns:
-            Logits [B, num_classes] of each subnet. With a box they are those of the class token alone, and the first
-            entry is a pair of them and the logits of every patch [B, N, num_classes], those inside the box given back
-            to the images that the patches came from.
-
-        Raises:
-            ValueError: As in ``SuperVisionTransformer``; or if there is a box and the first subnet drops tokens.
-        """
-        if mix_box is None:
-            return super().forward_subnets(x, subnets)
-        first = self._check_subnet(subnets[0])
-        if any(num_keep is not None for num_keep in self._schedule(first)):
-            raise ValueError(f'{first} drops tokens, and token labels need all; put a subnet of keep_rate 1.0 first')
-        with_patches = [i == 0 for i in range(len(subnets))]
-        features = self.forward_features_subnets(x, subnets, with_patches, mix_box=mix_box)
-        logits = [self.class_logits(tokens) for tokens in features]
-        grid_size = self.grid_sizes[self.img_sizes.index(first.img_size)]
-        box = scale_box(mix_box, self.grid_sizes[-1], grid_size)
-        return [(logits[0], swap_box(self.token_logits(features[0]), box, grid_size)), *logits[1:]]
+        """Run several subnets on one batch, or those of a training step with MixToken; see ``forward``."""
+        return self(x, subnets=subnets, mix_box=mix_box)
 
 
 def _halve(patch_size: int) -> int:

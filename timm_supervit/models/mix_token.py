@@ -5,6 +5,7 @@ patch embeddings before positions are added. One box is drawn for a training ste
 size, and scaled to the grids of the others (official SuperViT code, ``main_lvvit.py``).
 """
 import math
+import random
 
 import torch
 from torch import Tensor
@@ -14,16 +15,16 @@ __all__ = ['Box', 'box_share', 'draw_box', 'scale_box', 'swap_box']
 Box = tuple[int, int, int, int]  # row0, col0, row1, col1, half-open, in patches
 
 
-def draw_box(grid_size: int, generator: torch.Generator) -> Box:
+def draw_box(grid_size: int, draws: random.Random) -> Box:
     """Draw a box as CutMix does: its area from lam ~ Beta(1, 1), its center anywhere, cut off at the border.
 
     Args:
         grid_size: Patches along one side of the image.
-        generator: Where the draws come from.
+        draws: Where the draws come from.
     """
-    lam = float(torch.rand((), generator=generator))  # Beta(1, 1) is uniform
+    lam = draws.random()  # Beta(1, 1) is uniform
     half = int(grid_size * math.sqrt(1 - lam)) // 2
-    row, col = torch.randint(grid_size, (2,), generator=generator).tolist()
+    row, col = draws.randrange(grid_size), draws.randrange(grid_size)
     return max(row - half, 0), max(col - half, 0), min(row + half, grid_size), min(col + half, grid_size)
 
 

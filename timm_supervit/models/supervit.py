@@ -14,12 +14,20 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed, register_notrace_function, resample_abs_pos_embed, trunc_normal_
+from timm.layers import (
+    Attention,
+    DropPath,
+    PatchEmbed,
+    register_notrace_function,
+    resample_abs_pos_embed,
+    trunc_normal_,
+)
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..sharing import Branch, plan_sharing
 from ..subnets import (
     DISTILL_TEACHERS,
     TRAIN_SUBNETS,
@@ -28,18 +36,14 @@ from ..subnets import (
     check_drop_layers,
     check_img_size,
     check_img_sizes,
-    check_keep_rate,
     check_keep_rates,
+    check_subnet,
     keep_schedule,
-    transformer_macs,
 )
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock, select_tokens
 from .weights import adapt_state_dict, check_state_dict
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
-
-Schedule = tuple[int | None, ...]
-
 
 @torch.fx.wrap
 @register_notrace_function
@@ -89,13 +93,22 @@ class PositionEmbeddings(nn.ParameterList):
     def select(self, index: int) -> Tensor:
         """Return the embedding of one size.
 
-        In training it is cut out of all of them, so that the others get a gradient of zeros: distributed training then
-        needs no search for unused parameters.
+        Where gradients are wanted it is cut out of all of them, so that the others get a gradient of zeros: distributed
+        training then needs no search for unused parameters.
         """
-        if not self.training:
+        if not torch.is_grad_enabled() or torch.jit.is_tracing():
             return self[index]
         start = sum(self[i].shape[1] for i in range(index))
         return torch.cat(list(self), dim=1)[:, start:start + self[index].shape[1]]
+
+
+class UncompiledDropPath(DropPath):
+    """timm's stochastic depth, outside compiled graphs: its rate, a constant in a graph, differs in every block."""
+
+    _drop = torch.compiler.disable(DropPath.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._drop(x) if self.training else x
 
 
 class SuperVisionTransformer(VisionTransformer):
@@ -130,10 +143,10 @@ class SuperVisionTransformer(VisionTransformer):
             patch_size: int | Sequence[int] = 16,
             embed_dim: int = 768,
             depth: int = 12,
-            mlp_ratio: float = 4.,
             reg_tokens: int = 0,
             embed_layer: Callable[..., nn.Module] = PatchEmbed,
             block_fn: Any = TokenKeepingBlock,
+            attn_layer: Any = TokenKeepingAttention,
             device: Any = None,
             dtype: Any = None,
             **kwargs: Any,
@@ -169,17 +182,15 @@ class SuperVisionTransformer(VisionTransformer):
             patch_size=patch_size,
             embed_dim=embed_dim,
             depth=depth,
-            mlp_ratio=mlp_ratio,
             reg_tokens=reg_tokens,
             pos_embed='none',  # replaced by pos_embed_list
             embed_layer=partial(embed_layer, strict_img_size=False),
             block_fn=partial(block_fn, num_prefix_tokens=1 + reg_tokens),  # type: ignore[arg-type]
-            attn_layer=TokenKeepingAttention,
+            attn_layer=_check_attn_layer(attn_layer),
             device=device,
             dtype=dtype,
             **kwargs,
         )
-        self.mlp_ratio = mlp_ratio
         self.img_sizes = img_sizes
         self.keep_rates = keep_rates
         self.drop_layers = drop_layers
@@ -187,8 +198,13 @@ class SuperVisionTransformer(VisionTransformer):
         self.distill_teacher = check_choice('distill_teacher', distill_teacher, DISTILL_TEACHERS)
         self.share_prefix = share_prefix
         self.subnet = Subnet(img_sizes[-1] if img_size is None else check_img_size(img_size), keep_rate)
-        lengths = [grid_size ** 2 + self.num_embed_prefix_tokens for grid_size in self.grid_sizes]
+        lengths = [self.grid_size(size) ** 2 + self.num_embed_prefix_tokens for size in img_sizes]
         self.pos_embed_list = PositionEmbeddings(lengths, embed_dim, device=device, dtype=dtype)
+        # Behind the position embeddings again, as in timm, where code relies on the last parameters being the head's.
+        for name, module in list(self.named_children()):
+            if name not in ('patch_embed', 'pos_drop', 'patch_drop', 'norm_pre', 'pos_embed_list'):
+                delattr(self, name)
+                setattr(self, name, module)
         self.register_load_state_dict_pre_hook(adapt_state_dict)
 
     @property
@@ -208,25 +224,33 @@ class SuperVisionTransformer(VisionTransformer):
 
     @subnet.setter
     def subnet(self, subnet: tuple[int, float]) -> None:
-        self._subnet = self._check_subnet(subnet)
+        self._subnet = check_subnet(subnet, self.img_sizes)
         self._record_for_export(img_size=self._subnet.img_size, keep_rate=self._subnet.keep_rate)
 
-    @property
-    def grid_sizes(self) -> tuple[int, ...]:
-        """Patches along one side of the image, for each of ``img_sizes``."""
-        return tuple(img_size // self.patch_embed.patch_size[0] for img_size in self.img_sizes)
+    def grid_size(self, img_size: int) -> int:
+        """Return the patches along one side of an image."""
+        return img_size // self.patch_embed.patch_size[0]
 
     @property
     def num_embed_prefix_tokens(self) -> int:
         """Prefix tokens that have an entry in the position embeddings."""
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
-    def macs(self, subnet: Subnet) -> int:
-        """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks and head."""
-        num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
-        head = sum(m.weight.numel() for m in self.get_classifier().modules() if isinstance(m, nn.Linear))
-        return self._embed_macs(num_patches) + head + transformer_macs(
-            num_patches, self._schedule(subnet), self.num_prefix_tokens, self.embed_dim, self.mlp_ratio)
+    def macs(self, subnet: tuple[int, float]) -> int:
+        """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks and head.
+
+        They are those that torch's flop counter sees in ``forward``.
+        """
+        subnet = check_subnet(subnet, self.img_sizes)
+        num_patches, schedule = self.grid_size(subnet.img_size) ** 2, self._schedule(subnet)
+        macs = self._embed_macs(num_patches) + _linear_macs(self.get_classifier())
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
+            num_tokens = num_patches + self.num_prefix_tokens
+            macs += num_tokens * _linear_macs(block.attn) + 2 * num_tokens ** 2 * block.attn.attn_dim
+            num_patches = schedule.get(i, num_patches)
+            macs += (num_patches + self.num_prefix_tokens) * _linear_macs(block.mlp)
+        return macs
 
     def _embed_macs(self, num_patches: int) -> int:
         return num_patches * self.patch_embed.proj.weight.numel()
@@ -238,23 +262,29 @@ class SuperVisionTransformer(VisionTransformer):
         if 'img_size' in settings:
             self._traits = getattr(self, '_traits', {}) | {'img_size': (settings['img_size'],) * 2}
 
-    def _check_subnet(self, subnet: tuple[int, float]) -> Subnet:
-        img_size, keep_rate = subnet
-        if img_size not in self.img_sizes:
-            raise ValueError(
-                f'img_size {img_size} is none of img_sizes {self.img_sizes}; '
-                f'choose one of them, or add it with set_input_size({img_size})')
-        return Subnet(img_size, check_keep_rate(keep_rate))
+    def _read_call(
+            self,
+            attn_mask: Tensor | None,
+            is_causal: bool,
+            img_size: int | None,
+            keep_rate: float | None,
+    ) -> tuple[Subnet, dict[int, int], dict[str, Any]]:
+        """Return the subnet that a call asks for, its schedule, and the arguments of blocks that drop nothing."""
+        if _is_given(attn_mask) and not isinstance(attn_mask, Tensor):
+            raise TypeError(
+                f'attn_mask {attn_mask!r} is no tensor; a subnet is named, as in model(x, img_size=160, keep_rate=0.7)')
+        subnet = check_subnet((
+            img_size if _is_given(img_size) else self.subnet.img_size,
+            keep_rate if _is_given(keep_rate) else self.subnet.keep_rate,
+        ), self.img_sizes)
+        schedule = self._schedule(subnet)
+        masked = _is_given(attn_mask) or (_is_given(is_causal) and is_causal)
+        if masked and schedule:
+            raise ValueError(f'{subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
+        return subnet, schedule, dict(attn_mask=attn_mask, is_causal=is_causal) if masked else {}
 
-    def _choose_subnet(self, img_size: int | None, keep_rate: float | None) -> Subnet:
-        active = self.subnet
-        # FX tracing hands over proxies for optional arguments; a traced graph is one of the active subnet.
-        img_size = active.img_size if img_size is None or isinstance(img_size, torch.fx.Proxy) else img_size
-        keep_rate = active.keep_rate if keep_rate is None or isinstance(keep_rate, torch.fx.Proxy) else keep_rate
-        return self._check_subnet((img_size, keep_rate))
-
-    def _schedule(self, subnet: Subnet) -> Schedule:
-        num_patches = (subnet.img_size // self.patch_embed.patch_size[0]) ** 2
+    def _schedule(self, subnet: Subnet) -> dict[int, int]:
+        num_patches = self.grid_size(subnet.img_size) ** 2
         return keep_schedule(num_patches, subnet.keep_rate, self.drop_layers, len(self.blocks))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -262,6 +292,25 @@ class SuperVisionTransformer(VisionTransformer):
         if strict:
             check_state_dict(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            f'TorchScript cannot compile {type(self).__name__}; use torch.jit.trace, torch.export, torch.compile or ONNX')
+
+    def compile(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """Compile the blocks in place, each for any number of tokens: all subnets and blocks share their graphs.
+
+        Args:
+            **kwargs: Arguments of ``torch.compile``.
+        """
+        blocks: Any = self.blocks
+        if any(isinstance(module, DropPath) for module in self.modules()):
+            for block in blocks:
+                for name in ('drop_path1', 'drop_path2'):
+                    rate = getattr(getattr(block, name), 'drop_prob', 0.)  # timm gives a block of rate 0 no DropPath
+                    setattr(block, name, UncompiledDropPath(rate).train(block.training))
+        for block in blocks:
+            block.compile(**{'dynamic': True, **kwargs})
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -320,17 +369,15 @@ class SuperVisionTransformer(VisionTransformer):
             x = torch.cat([*prefix, x], dim=1) + pos_embed
         return self.norm_pre(self.pos_drop(x))
 
-    def _run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.grad_checkpointing:
-            return checkpoint(function, *args, **kwargs)
-        return function(*args, **kwargs)
+    def _run_block(self, index: int, x: Tensor, **kwargs: Any) -> Any:
+        block = partial(self.blocks[index], **kwargs)  # a reentrant checkpoint takes no keyword arguments
+        return checkpoint(block, x) if self.grad_checkpointing else block(x)
 
     def forward_features(
             self,
             x: Tensor,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            *,
             img_size: int | None = None,
             keep_rate: float | None = None,
     ) -> Tensor:
@@ -338,8 +385,8 @@ class SuperVisionTransformer(VisionTransformer):
 
         Args:
             x: Images [B, C, H, W] of any size.
-            attn_mask: As in timm's ViT, for blocks that drop nothing.
-            is_causal: As in timm's ViT, for blocks that drop nothing.
+            attn_mask: As in timm's ViT, for a subnet that drops nothing.
+            is_causal: As in timm's ViT, for a subnet that drops nothing.
             img_size: Size of the subnet, one of ``img_sizes`` (default: the active one).
             keep_rate: Keep rate of the subnet, in (0, 1] (default: the active one).
 
@@ -350,12 +397,10 @@ class SuperVisionTransformer(VisionTransformer):
             ValueError: If there is no such subnet, the images have another number of channels, or a mask is given to a
                 subnet that drops tokens.
         """
-        subnet = self._choose_subnet(img_size, keep_rate)
-        schedule, masks = self._schedule(subnet), _mask_arguments(attn_mask, is_causal)
-        _check_masks(masks, subnet, schedule)
+        subnet, schedule, masks = self._read_call(attn_mask, is_causal, img_size, keep_rate)
         x = self.embed(x, subnet.img_size)
-        for block, num_keep in zip(self.blocks, schedule, strict=True):
-            x = self._run(block, x, num_keep=num_keep, **masks)
+        for i in range(len(self.blocks)):
+            x = self._run_block(i, x, num_keep=schedule[i]) if i in schedule else self._run_block(i, x, **masks)
         return self.norm(x)
 
     def forward(
@@ -363,17 +408,27 @@ class SuperVisionTransformer(VisionTransformer):
             x: Tensor,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            *,
             img_size: int | None = None,
             keep_rate: float | None = None,
-    ) -> Tensor:
-        """Run the active subnet, or the given one for this call alone; see ``forward_features`` for the arguments.
+            subnets: Sequence[tuple[int, float]] | None = None,
+    ) -> Any:
+        """Run the active subnet, or the given one, or several, for this call alone.
+
+        Args:
+            x: Images [B, C, H, W] of any size.
+            attn_mask: As for ``forward_features``.
+            is_causal: As for ``forward_features``.
+            img_size: As for ``forward_features``.
+            keep_rate: As for ``forward_features``.
+            subnets: Run these instead; see ``forward_subnets``.
 
         Returns:
-            Logits [B, num_classes].
+            Logits [B, num_classes]; a list of them with ``subnets``.
         """
-        x = self.forward_features(x, attn_mask, is_causal, img_size=img_size, keep_rate=keep_rate)
-        return self.forward_head(x)
+        if subnets is not None and _is_given(subnets):
+            with_patches = [self._head_reads_patches] * len(subnets)
+            return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets, with_patches)]
+        return self.forward_head(self.forward_features(x, attn_mask, is_causal, img_size, keep_rate))
 
     def forward_subnets(self, x: Tensor, subnets: Sequence[tuple[int, float]]) -> list[Tensor]:
         """Run several subnets on one batch; see ``forward_features_subnets``.
@@ -388,8 +443,7 @@ class SuperVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If one of them is no subnet of this model, or the images have another number of channels.
         """
-        with_patches = [self._head_reads_patches] * len(subnets)
-        return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets, with_patches)]
+        return self(x, subnets=subnets)  # a call of the model, which hooks and wrappers see
 
     @property
     def _head_reads_patches(self) -> bool:
@@ -404,17 +458,16 @@ class SuperVisionTransformer(VisionTransformer):
     ) -> list[Tensor]:
         """Run several subnets on one batch, up to the final norm.
 
-        Subnets of one size are the same network up to the attention of the first block in which they keep different
-        numbers of tokens. Its FFN treats each token by itself, and so do the queries, keys and values of the next
-        block, so that tokens which several of them keep have these in common, too. They share all this, forward and
-        backward, stochastic depth and dropout masks included. The results and gradients are those of separate calls.
+        Subnets of one size share what they have in common, forward and backward, stochastic depth and dropout masks
+        included: all up to the attention of the block in which they part, see ``plan_sharing``, and that block's FFN,
+        which treats each token by itself. The results and gradients are those of separate calls.
         ``share_prefix=False`` turns it off.
 
         Args:
             x: Images [B, C, H, W] of any size.
             subnets: Pairs (img_size, keep_rate), in any order.
             with_patches: For each subnet, whether its patch tokens are of use (default: yes). Without them the last
-                block computes the prefix tokens alone, about 8 % of a network of twelve blocks less.
+                block computes the prefix tokens alone, about 6 % of a network of twelve blocks less.
             **kwargs: Further arguments of ``embed_patches``.
 
         Returns:
@@ -424,53 +477,36 @@ class SuperVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If one of them is no subnet of this model, or the images have another number of channels.
         """
-        wanted = [self._check_subnet(subnet) for subnet in subnets]
-        schedules = [self._schedule(subnet) for subnet in wanted]
-        for i, needed in enumerate(with_patches or ()):
-            if not needed:
-                schedules[i] = (*schedules[i][:-1], 0)
+        wanted = [check_subnet(subnet, self.img_sizes) for subnet in subnets]
+        needed = [True] * len(wanted) if with_patches is None else with_patches
         passes = [subnet.img_size if self.share_prefix else i for i, subnet in enumerate(wanted)]
         tokens: dict[int, Tensor] = {}
         for one in dict.fromkeys(passes):  # in the order of their first appearance
             members = [i for i in range(len(wanted)) if passes[i] == one]
-            embedded = self.embed(x, wanted[members[0]].img_size, **kwargs)
-            for schedule, y in self._forward_branches(embedded, {schedules[i] for i in members}):
-                y = self.norm(y)
-                tokens |= {i: y for i in members if schedules[i] == schedule}
+            img_size = wanted[members[0]].img_size
+            tree = plan_sharing(
+                [self._schedule(wanted[i]) for i in members], [needed[i] for i in members],
+                self.grid_size(img_size) ** 2, len(self.blocks))
+            for leaf, y in self._run_branch(self.embed(x, img_size, **kwargs), tree):
+                tokens |= dict.fromkeys((members[i] for i in leaf.members), self.norm(y))
         return [tokens[i] for i in range(len(wanted))]
 
-    def _forward_branches(
-            self,
-            x: Tensor,
-            schedules: set[Schedule],
-            layer: int = 0,
-            qkv: Tensor | None = None,
-    ) -> Iterator[tuple[Schedule, Tensor]]:
-        """Run the blocks from ``layer`` on for schedules that agreed so far; yield each with its tokens [B, T, D].
-
-        ``qkv`` is what the first of these blocks projects its tokens to, if they come out of a parting.
-        """
-        for i in range(layer, len(self.blocks)):
-            branches = tuple(sorted({schedule[i] for schedule in schedules}, key=lambda keep: keep or 0))
-            if len(branches) == 1:
-                x = self._run(self.blocks[i], x, num_keep=branches[0], qkv=qkv)
-                qkv = None
-                continue
-            x, parts = self._run(self.blocks[i], x, num_keep=branches, qkv=qkv)
-            # Queries, keys and values of the next block depend on one token each, as the FFN does: they are shared too.
-            shared = i + 1 < len(self.blocks) and any(schedule[i + 1] != 0 for schedule in schedules)
-            qkv = self._run(self.blocks[i + 1].project, x) if shared else None
-            for num_keep, places in zip(branches, parts, strict=True):
-                branch = {schedule for schedule in schedules if schedule[i] == num_keep}
-                if places is None:
-                    yield from self._forward_branches(x, branch, i + 1, qkv)
-                else:
-                    kept_qkv = None if qkv is None else select_tokens(qkv, places)
-                    yield from self._forward_branches(select_tokens(x, places), branch, i + 1, kept_qkv)
+    def _run_branch(self, x: Tensor, branch: Branch) -> Iterator[tuple[Branch, Tensor]]:
+        """Run a branch and all that it parts into; yield each leaf with its tokens [B, T, D]."""
+        for i in branch.blocks:
+            if i in branch.drops:
+                x = self._run_block(i, x, num_keep=branch.drops[i])
+            else:
+                x = self._run_block(i, x, prefix_only=branch.prefix_only and i == branch.blocks[-1])
+        if not branch.parts:
+            yield branch, x
             return
-        yield from ((schedule, x) for schedule in schedules)
+        x, _, order = self._run_block(branch.blocks.stop, x, rank=True)
+        for part in branch.parts:
+            kept = order[:, :self.num_prefix_tokens + part.num_patches]
+            yield from self._run_branch(x if kept.shape == order.shape else select_tokens(x, kept), part)
 
-    def _trace_blocks(self, x: Tensor, schedule: Schedule, masks: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
+    def _trace_blocks(self, x: Tensor, schedule: dict[int, int], masks: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
         """Run the blocks one by one and keep book of the tokens.
 
         Yields:
@@ -479,16 +515,14 @@ class SuperVisionTransformer(VisionTransformer):
         """
         dense = x
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        blocks: Any = self.blocks
-        for block, num_keep in zip(blocks, schedule, strict=True):
-            if num_keep is None:
-                x = self._run(block, x, **masks)
+        for i in range(len(self.blocks)):
+            if i in schedule:
+                x, attended, order = self._run_block(i, x, rank=True)
+                dense = _fill_in(dense, attended, places)  # what this block drops keeps the value it has here
+                kept = order[:, :self.num_prefix_tokens + schedule[i]]
+                x, places = select_tokens(x, kept), places.gather(1, kept)
             else:
-                x, scores = self._run(block.attend, x)
-                dense = _fill_in(dense, x, places)  # what this block drops keeps the value it has here
-                x, index = block.keep(x, scores, num_keep)
-                places = places.gather(1, index)
-                x = self._run(block.feed_forward, x)
+                x = self._run_block(i, x, **masks)
             dense = _fill_in(dense, x, places)
             yield x, dense, places
 
@@ -504,7 +538,6 @@ class SuperVisionTransformer(VisionTransformer):
             output_dict: bool = False,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            *,
             img_size: int | None = None,
             keep_rate: float | None = None,
     ) -> Any:
@@ -532,12 +565,10 @@ class SuperVisionTransformer(VisionTransformer):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt {output_fmt!r} is unknown; use NCHW or NLC')
-        subnet = self._choose_subnet(img_size, keep_rate)
-        schedule, masks = self._schedule(subnet), _mask_arguments(attn_mask, is_causal)
-        _check_masks(masks, subnet, schedule)
+        subnet, schedule, masks = self._read_call(attn_mask, is_causal, img_size, keep_rate)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x = self.embed(x, subnet.img_size)
-        num_prefix, grid_size = self.num_prefix_tokens, self.grid_sizes[self.img_sizes.index(subnet.img_size)]
+        num_prefix, grid_size = self.num_prefix_tokens, self.grid_size(subnet.img_size)
         maps, prefixes = [], []
         for i, (tokens, dense, _) in enumerate(self._trace_blocks(x, schedule, masks)):
             x = tokens
@@ -574,23 +605,28 @@ class SuperVisionTransformer(VisionTransformer):
         Returns:
             For each dropping block, the places of the kept patches in the subnet's grid, row-major, best first [B, K].
         """
-        subnet = self._choose_subnet(img_size, keep_rate)
-        schedule = self._schedule(subnet)
+        subnet, schedule, _ = self._read_call(None, False, img_size, keep_rate)
         steps = self._trace_blocks(self.embed(x, subnet.img_size), schedule, {})
         num_prefix = self.num_prefix_tokens
-        return {i: p[:, num_prefix:] - num_prefix for i, (_, _, p) in enumerate(steps) if schedule[i] is not None}
+        return {i: places[:, num_prefix:] - num_prefix for i, (_, _, places) in enumerate(steps) if i in schedule}
 
 
-def _mask_arguments(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    # FX tracing hands over proxies for optional arguments; a traced graph takes no mask.
-    if isinstance(attn_mask, torch.fx.Proxy) or (attn_mask is None and not is_causal):
-        return {}
-    return {'attn_mask': attn_mask, 'is_causal': is_causal}
+def _is_given(argument: Any) -> bool:
+    # FX tracing hands over proxies for optional arguments; a traced graph is one of the active subnet, without a mask.
+    return argument is not None and not isinstance(argument, torch.fx.Proxy)
 
 
-def _check_masks(masks: dict[str, Any], subnet: Subnet, schedule: Schedule) -> None:
-    if masks and any(num_keep is not None for num_keep in schedule):
-        raise ValueError(f'{subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
+def _check_attn_layer(attn_layer: Any) -> Any:
+    if attn_layer in ('', 'attn', Attention):  # timm's names and class of the attention that ours extends
+        return TokenKeepingAttention
+    if not (isinstance(attn_layer, type) and issubclass(attn_layer, TokenKeepingAttention)):
+        raise ValueError(f'attn_layer {attn_layer!r} gives no scores to rank tokens by; leave it out')
+    return attn_layer
+
+
+def _linear_macs(module: nn.Module) -> int:
+    """Return the multiply-accumulates of a module's linear layers for one token."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _fill_in(dense: Tensor, x: Tensor, places: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention, register_notrace_function
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ['TokenKeepingAttention', 'TokenKeepingBlock', 'best_places', 'class_attention', 'select_tokens']
+__all__ = ['TokenKeepingAttention', 'TokenKeepingBlock', 'class_attention', 'rank_tokens', 'select_tokens']
 
 
 @torch.fx.wrap
@@ -41,21 +41,23 @@ def class_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
 
 @torch.fx.wrap
 @register_notrace_function
-def best_places(scores: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
-    """Return the places of the prefix tokens and of the best patch tokens.
+def rank_tokens(scores: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Return the order of the tokens: the prefix tokens as they are, then the patch tokens, best first.
+
+    Of patch tokens with equal scores the earlier goes first. Saturated or half-precision attention gives many zeros.
 
     Args:
         scores: Score of every token [B, T]; those of prefix tokens are ignored.
-        num_keep: Patch tokens to keep, in [1, T - num_prefix_tokens].
         num_prefix_tokens: Tokens at the start that are always kept.
 
     Returns:
-        Places among the tokens [B, num_prefix_tokens + num_keep], prefix first, then best first.
+        Places among the tokens [B, T].
     """
-    # Prefix tokens outrank every score, in their order: one topk then gives the places of all that is kept.
-    prefix = torch.arange(num_prefix_tokens + 1, 1, -1, dtype=scores.dtype, device=scores.device)
-    ranked = torch.cat([prefix.expand(scores.shape[0], -1), scores[:, num_prefix_tokens:]], dim=1)
-    return ranked.topk(num_prefix_tokens + num_keep, dim=1).indices
+    # Prefix tokens outrank every score, which is 1 at most, and a stable sort leaves them in their order.
+    ranked = torch.cat([scores[:, :num_prefix_tokens].clamp(min=2.), scores[:, num_prefix_tokens:]], dim=1)
+    if torch.onnx.is_in_onnx_export():
+        return ranked.topk(ranked.shape[1], dim=1).indices  # ONNX's TopK is stable, and there is no stable sort in ONNX
+    return ranked.argsort(dim=1, descending=True, stable=True)
 
 
 @torch.fx.wrap
@@ -70,87 +72,54 @@ def select_tokens(x: Tensor, places: Tensor) -> Tensor:
 
 
 class TokenKeepingAttention(Attention):
-    """timm's attention, which can also return the class token's attention row, or attend from some tokens alone."""
+    """timm's attention, which can also return how much the class token attends to each token."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend as timm's attention does; where nothing forbids it, with a backward pass that copies less."""
-        if attn_mask is None and is_causal is False and self.fused_attn:
-            return self.forward_projected(self.qkv(x))
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+    # What the scored pass below runs. A part that a later timm adds would be left out in silence.
+    _parts = {'qkv', 'q_norm', 'k_norm', 'attn_drop', 'norm', 'gate', 'proj', 'proj_drop'}
 
-    def forward_projected(self, qkv: Tensor) -> Tensor:
-        """Attend as ``forward`` does, the output of ``qkv`` [B, T, 3 * H * d] given; return [B, T, D]."""
-        return self._attend(*self._split_heads(qkv))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if unknown := {name for name, _ in self.named_children()} - self._parts:
+            raise NotImplementedError(
+                f'timm\'s attention has {", ".join(sorted(unknown))}, which blocks that drop tokens do not know; '
+                f'leave out what creates it, or use a newer timm-supervit')
 
-    def forward_scored(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend as ``forward_projected`` does, and score every token by the class token's attention to it.
-
-        Args:
-            qkv: The output of ``qkv`` for tokens of which the class token is the first [B, T, 3 * H * d].
-
-        Returns:
-            The attention's output [B, T, D] and the scores [B, T], which carry no gradient.
-        """
-        q, k, v = self._split_heads(qkv)
-        scores = class_attention(q[:, :, :1].detach(), k.detach(), self.scale)
-        return self._attend(q, k, v), scores
-
-    def forward_first(self, x: Tensor, num_first: int) -> Tensor:
-        """Return what ``forward`` returns for the first tokens, without computing the others.
-
-        A few queries need no keys and values of all tokens. With the weights of one head
-
-            softmax_j(q (W_k x_j + b_k)) (W_v x_j + b_v) = W_v (softmax_j((q W_k) x_j) x_j) + b_v
-
-        since what all products of a query have in common cancels in the softmax, and its values sum to 1. So the
-        queries of all heads attend to the tokens themselves: 2 * num_heads * num_first * T * D multiply-adds in the
-        place of 3 * T * D ** 2 for the projection. Where ``qkv`` is more than a weight and a bias, it is run as it is.
+    def forward(
+            self,
+            x: Tensor,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+            return_scores: bool = False,
+    ) -> Any:
+        """Attend as timm's attention does.
 
         Args:
-            x: Tokens [B, T, D].
-            num_first: Tokens to compute, in [1, T].
+            x: Tokens of which the class token is the first [B, T, D].
+            attn_mask: As in timm's attention, without scores.
+            is_causal: As in timm's attention, without scores.
+            return_scores: Return the scores, too.
 
         Returns:
-            The attention's output [B, num_first, D].
+            The attention's output [B, T, D]; with ``return_scores`` a pair of it and of the scores [B, T], the class
+            token's row of the attention matrix averaged over the heads, which carry no gradient.
         """
-        if not self._is_plain():
-            q, k, v = self._split_heads(self.qkv(x))
-            return self._attend(q[:, :, :num_first], k, v)
-        B = x.shape[0]
-        w_q, w_k, w_v = self.qkv.weight.unflatten(0, (3, self.num_heads, self.head_dim)).unbind()  # [H, d, D]
-        b_q, _, b_v = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))
-        q = F.linear(x[:, :num_first].flatten(0, 1), w_q.flatten(0, 1), b_q)  # [B * P, H * d]
-        # The heads lead in products with their weights, which a batch in front would copy for each of its images.
-        q = q.unflatten(1, (self.num_heads, -1)).transpose(0, 1) @ w_k  # [H, B * P, D]
-        q = q.unflatten(1, (B, num_first)).transpose(0, 1).flatten(1, 2)  # [B, H * P, D]
-        x = F.scaled_dot_product_attention(q[:, None], x[:, None], x[:, None], scale=self.scale)[:, 0]
-        x = x.unflatten(1, (-1, num_first)).transpose(0, 1).flatten(1, 2) @ w_v.mT  # [H, B * P, d]
-        x = x.transpose(0, 1).flatten(1).unflatten(0, (B, num_first))  # [B, P, H * d]
-        return self._project_out(x if b_v is None else x + b_v)
-
-    def _is_plain(self) -> bool:
-        # Adapters, parametrizations, pruning and quantization change one of the types, offloading replaces the forward
-        # of the instance; hooks have no public query.
-        parts = (self.qkv, self.q_norm, self.k_norm)
-        hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-        return (
-            type(self.qkv) is nn.Linear and type(self.qkv.weight) is nn.Parameter
-            and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-            and not any('forward' in vars(part) or any(getattr(part, kind) for kind in hooks) for part in parts)
-            and not (self.training and self.attn_drop.p > 0)
-        )
-
-    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Unbound where they lie: the gradients of the three are then put together in one copy, without a transpose.
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
-        return self.q_norm(q.transpose(1, 2)), self.k_norm(k.transpose(1, 2)), v.transpose(1, 2)  # [B, H, T, d] each
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        return self._project_out(x.transpose(1, 2).flatten(2))
-
-    def _project_out(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(self.norm(x)))  # [B, T, H * d] -> [B, T, D]
+        if not return_scores:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # [B, H, T, d] each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            scores = class_attention(q[:, :, :1].detach(), k.detach(), self.scale)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
+        else:
+            attn = (q * self.scale) @ k.transpose(-2, -1)
+            attn = attn.softmax(dim=-1)
+            scores = attn[:, :, 0].detach().mean(dim=1)
+            y = self.attn_drop(attn) @ v
+        y = self.norm(y.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y)), scores
 
 
 class TokenKeepingBlock(Block):
@@ -160,92 +129,63 @@ class TokenKeepingBlock(Block):
         num_prefix_tokens: Class and register tokens, which are never dropped.
     """
 
-    attn: TokenKeepingAttention
-
     def __init__(self, *args: Any, num_prefix_tokens: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_prefix_tokens = num_prefix_tokens
-
-    def project(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values [B, T, 3 * H * d] of tokens [B, T, D], which depend on no other token."""
-        return self.attn.qkv(self.norm1(x))
-
-    def attend(self, x: Tensor, qkv: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the attention half; return the tokens [B, T, D] and their scores [B, T]."""
-        y, scores = self.attn.forward_scored(self.project(x) if qkv is None else qkv)
-        return x + self.drop_path1(self.ls1(y)), scores
-
-    def keep(self, x: Tensor, scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
-        """Drop all but the prefix tokens and the ``num_keep`` best patch tokens; return what is kept and its places."""
-        places = best_places(scores, num_keep, self.num_prefix_tokens)
-        return select_tokens(x, places), places
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Run the FFN half on tokens [B, T, D]."""
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def forward(
             self,
             x: Tensor,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            num_keep: int | tuple[int | None, ...] | None = None,
-            qkv: Tensor | None = None,
+            num_keep: int | None = None,
+            rank: bool = False,
+            prefix_only: bool = False,
     ) -> Any:
-        """Run the block.
+        """Run the block as timm's, or in one of three other ways.
 
         Args:
             x: Tokens [B, T, D].
-            attn_mask: As in timm's block, for a block that drops nothing.
-            is_causal: As in timm's block, for a block that drops nothing.
-            num_keep: Patch tokens to keep; None drops nothing, and 0 computes the prefix tokens alone. A tuple asks for
-                several numbers after a common attention, see ``part``.
-            qkv: What ``project`` returned for these tokens, if it was called before; of no use to ``num_keep=0``.
+            attn_mask: As in timm's block.
+            is_causal: As in timm's block.
+            num_keep: Drop all but this many patch tokens, at least 1 and at most all.
+            rank: Drop none, but say which are the best.
+            prefix_only: Attend to all tokens and leave out what follows for the patch tokens.
 
         Returns:
-            Tokens [B, num_prefix_tokens + num_keep, D], [B, T, D] where nothing is dropped. For a tuple, what ``part``
-            returns.
+            Tokens [B, T, D]; with ``num_keep`` those that are left [B, num_prefix_tokens + num_keep, D], best first;
+            with ``prefix_only`` the prefix tokens [B, num_prefix_tokens, D]. With ``rank`` all tokens, the same between
+            attention and FFN [B, T, D], and their order [B, T], of which the first places are what is kept.
+
+        Raises:
+            TypeError: If tokens are to be ranked and the attention was replaced by one that gives no scores.
         """
-        if num_keep is None:
-            if qkv is None:
-                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-            return self.feed_forward(x + self.drop_path1(self.ls1(self.attn.forward_projected(qkv))))
-        if num_keep == 0:
-            y = self.attn.forward_first(self.norm1(x), self.num_prefix_tokens)
-            return self.feed_forward(x[:, :self.num_prefix_tokens] + self.drop_path1(self.ls1(y)))
-        x, scores = self.attend(x, qkv)
-        if isinstance(num_keep, tuple):
-            return self.part(x, scores, num_keep)
-        return self.feed_forward(self.keep(x, scores, num_keep)[0])
+        if num_keep is not None:
+            x, order = self._attend_and_rank(x)
+            return self._feed_forward(select_tokens(x, order[:, :self.num_prefix_tokens + num_keep]))
+        if rank:
+            x, order = self._attend_and_rank(x)
+            return self._feed_forward(x), x, order
+        if prefix_only:
+            y = self.attn(self.norm1(x))[:, :self.num_prefix_tokens]
+            return self._feed_forward(x[:, :self.num_prefix_tokens] + self.drop_path1(self.ls1(y)))
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
-    def part(
-            self,
-            x: Tensor,
-            scores: Tensor,
-            num_keep: tuple[int | None, ...],
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Run the FFN half once for several numbers of patch tokens to keep.
+    def _attend_and_rank(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            result = self.attn(self.norm1(x), return_scores=True)
+        except TypeError as error:
+            raise self._no_scores(error) from error
+        if not isinstance(result, tuple):
+            raise self._no_scores(f'it returned a {type(result).__name__}')
+        y, scores = result
+        return x + self.drop_path1(self.ls1(y)), rank_tokens(scores, self.num_prefix_tokens)
 
-        The FFN treats each token by itself, and the tokens of a smaller number are the best of those of a larger one.
+    def _no_scores(self, reason: object) -> TypeError:
+        return TypeError(
+            f'this block drops tokens, and its attn, {type(self.attn).__name__}, gives no scores to rank them by '
+            f'({reason}); let what replaces it take return_scores=True and return (output, scores), '
+            f'or use keep_rate=1.0')
 
-        Args:
-            x: Tokens [B, T, D].
-            scores: Score of every token [B, T].
-            num_keep: Numbers of patch tokens to keep, None for all, at most one of each.
-
-        Returns:
-            Tokens of the largest number, and for each number the places of its tokens among them
-            [B, num_prefix_tokens + number], None for all.
-        """
-        most = max(number for number in num_keep if number is not None)
-        widest = None if None in num_keep else most
-        if widest is None:
-            places = best_places(scores, most, self.num_prefix_tokens)
-        else:
-            x, places = self.keep(x, scores, widest)
-            places = torch.arange(x.shape[1], device=x.device).expand_as(places)  # the best come first now
-        parts = [
-            None if number is None or number == widest else places[:, :self.num_prefix_tokens + number]
-            for number in num_keep
-        ]
-        return self.feed_forward(x), parts
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -57,7 +57,7 @@ def _spread_pos_embed(model: Any, state_dict: dict[str, Any], prefix: str) -> No
         raise RuntimeError(
             f'pos_embed of shape {tuple(plain.shape)} is no square grid after {num_prefix_tokens} prefix token(s); '
             f'create the model with the reg_tokens and no_embed_class of these weights')
-    for i, grid_size in enumerate(model.grid_sizes):
+    for i, grid_size in enumerate(map(model.grid_size, model.img_sizes)):
         state_dict[f'{prefix}pos_embed_list.{i}'] = resample_abs_pos_embed(
             plain, new_size=[grid_size, grid_size], num_prefix_tokens=num_prefix_tokens)
     del state_dict[f'{prefix}pos_embed']

@@ -102,7 +102,7 @@ def find_kept_tokens(
         found.append(KeptTokens(
             title, subnet, model.macs(subnet), class_name(model, int(index)), probability.item(),
             pixels.clamp(0, 1).permute(1, 2, 0).numpy(),
-            {block: _to_grid(patches[0].cpu(), model.grid_sizes[model.img_sizes.index(subnet.img_size)])
+            {block: _to_grid(patches[0].cpu(), model.grid_size(subnet.img_size))
              for block, patches in model.kept_patches(x, **subnet._asdict()).items()},
         ))
     return found
