@@ -293,9 +293,9 @@ class SuperVisionTransformer(VisionTransformer):
             check_state_dict(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def __prepare_scriptable__(self) -> Any:
+    def __prepare_scriptable__(self) -> Any:  # noqa: D105, what torch.jit.script calls first
         raise NotImplementedError(
-            f'TorchScript cannot compile {type(self).__name__}; use torch.jit.trace, torch.export, torch.compile or ONNX')
+            f'{type(self).__name__} has no TorchScript; use torch.jit.trace, torch.export, torch.compile or ONNX')
 
     def compile(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Compile the blocks in place, each for any number of tokens: all subnets and blocks share their graphs.
