@@ -15,37 +15,38 @@ import pytest
 import timm
 
 import timm_supervit
+from timm_supervit.timm_patches import PATCHES
 
 MODELS = ['supervit_base', 'supervit_digits', 'supervit_small', 'supervit_tiny']
 SUBMODULES = sorted(
     module.name for module in pkgutil.walk_packages(timm_supervit.__path__, 'timm_supervit.')
     if not module.name.endswith('__main__'))
 
-# Runs each statement of a JSON list in a fork of a process that has torch loaded but neither timm nor this package:
-# as good as a fresh process for what is tested here, and much faster.
+# Runs each code of a JSON list in a fork of a process that has torch loaded but neither timm nor this package, and
+# reports its variable "answer": as good as a fresh process for what is tested here, and much faster.
 IN_FORKS = '''
 import json, os, sys, traceback
 import torch, torchvision
 assert not any(name.startswith(('timm', 'wrapt')) for name in sys.modules)
-results = {}
-for statement in json.loads(sys.argv[1]):
+answers = {}
+for code in json.loads(sys.argv[1]):
     read, write = os.pipe()
     if not os.fork():
         try:
-            exec(statement)
-            import timm
-            model = timm.create_model('supervit_digits')
-            listed = timm.list_models('supervit*')
-            answer = [type(model).__name__, len(listed), len(set(listed))]
+            scope = {}
+            exec(code, scope)
+            answer = scope['answer']
         except BaseException:
             answer = traceback.format_exc()
         os.write(write, json.dumps(answer).encode())
         os._exit(0)
     os.close(write)
     with open(read) as pipe:
-        results[statement] = json.load(pipe)
-print(json.dumps(results))
+        answers[code] = json.load(pipe)
+print(json.dumps(answers))
 '''
+# What torch does at the end of its import, which those forks have gone without.
+AUTOLOAD = 'import torch; torch._import_device_backends()'
 
 
 def run_python(code: str, *args: str, flags: tuple[str, ...] = (), **environment: str) -> Any:
@@ -131,22 +132,32 @@ ORDERS = {
     'the package twice, timm between':
         'import timm_supervit, importlib, timm, timm_supervit.registration as r; importlib.reload(timm_supervit); '
         'r.install_hooks(); import warnings; warnings.simplefilter("error"); importlib.reload(timm_supervit)',
-    'the hooks installed by torch and then the package':
-        'torch._import_device_backends(); import timm_supervit',
+    'the hooks installed by torch and then the package': f'{AUTOLOAD}; import timm_supervit',
     'a submodule of timm first': 'import timm.models.vision_transformer, timm_supervit',
 }
 
 
+LIST_MODELS = '''
+import timm
+model = timm.create_model('supervit_digits')
+listed = timm.list_models('supervit*')
+answer = [type(model).__name__, len(listed), len(set(listed))]
+'''
+
+
+def run_in_forks(codes: list[str], *flags: str) -> dict[str, Any]:
+    answers, _ = run_python(IN_FORKS, json.dumps(codes), flags=flags, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    return answers
+
+
 @pytest.fixture(scope='module')
 def import_results() -> dict[str, Any]:
-    results, _ = run_python(
-        IN_FORKS, json.dumps([*ORDERS.values()]), flags=('-W', 'error'), TORCH_DEVICE_BACKEND_AUTOLOAD='0')
-    return results
+    return run_in_forks([order + LIST_MODELS for order in ORDERS.values()], '-W', 'error')
 
 
 @pytest.mark.parametrize('order', ORDERS)
 def test_any_order_of_imports_registers_each_model_once(order: str, import_results: dict[str, Any]) -> None:
-    result = import_results[ORDERS[order]]
+    result = import_results[ORDERS[order] + LIST_MODELS]
     assert isinstance(result, list), result
     name, listed, distinct = result
     assert name == 'SuperVisionTransformer'
@@ -203,21 +214,22 @@ def test_spawned_workers_create_models_and_receive_pickled_ones(tmp_path: Path, 
     assert json.loads(result.stdout) == [[2, 7] if autoload == '1' else None, True]
 
 
-# What else of timm must go on working while this package is broken.
+# What else of timm must go on working while this package is broken, or does not fit it.
 USE_TIMM = '''
 import json, sys, warnings
 {breakage}
 with warnings.catch_warnings(record=True) as at_torch:
     warnings.simplefilter('always')
-    import torch
+    {autoload}
 with warnings.catch_warnings(record=True) as at_timm:
     warnings.simplefilter('always')
-    import timm, timm.task
+    import timm, timm.task, timm.data, torch
+    from timm.task.classification import ClassificationTask
     model = timm.create_model('test_vit')
-    task = timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
     loss = task(torch.zeros(2, 3, 160, 160), torch.tensor([0, 1]))['loss']
 ours = [str(w.message) for w in at_timm if 'timm-supervit' in str(w.message)]
-print(json.dumps([[str(w.message) for w in at_torch], ours, bool(loss.isfinite()), timm.list_models('supervit*')]))
+answer = [[str(w.message) for w in at_torch], ours, bool(loss.isfinite()), timm.list_models('supervit*')]
 '''
 
 BREAK_MODULE = '''
@@ -236,8 +248,11 @@ BREAKAGES = {
         BREAK_MODULE.format(name='wrapt', error='OSError("bad shared object")'),
         'OSError: bad shared object'),
     'wrapt is too old': (
+        'import wrapt; wrapt.__version__ = "1.13.3"',
+        'ImportError: wrapt 1.13.3 is older than 1.14'),
+    'wrapt is another module': (
         'import types; sys.modules["wrapt"] = types.ModuleType("wrapt")',
-        "ImportError: cannot import name 'register_post_import_hook'"),
+        "ImportError: cannot import name '__version__'"),
     'the models are broken': (
         BREAK_MODULE.format(name='timm_supervit.models', error='RuntimeError("no such operator")'),
         'RuntimeError: no such operator'),
@@ -251,25 +266,86 @@ BREAKAGES = {
         'PackageNotFoundError'),
 }
 
+# Lets a module of timm end with a statement more.
+CHANGE_MODULE = '''
+import importlib.util
+class Change:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            execute = spec.loader.exec_module
+            def change(module):
+                execute(module)
+                {change}
+            spec.loader.exec_module = change
+            return spec
+sys.meta_path.insert(0, Change())
+'''
 
-@pytest.mark.parametrize('breakage', BREAKAGES)
-def test_what_is_broken_here_is_one_warning_when_timm_is_used(breakage: str) -> None:
-    code, cause = BREAKAGES[breakage]
-    (at_torch, at_timm, trained, listed), errors = run_python(USE_TIMM.format(breakage=code))
+# What a release of timm could have other than the one this was written for, and what the warning says.
+OTHER_TIMMS = {
+    'no ClassificationTask': ('timm.task', 'del module.ClassificationTask', 'timm.task has no ClassificationTask'),
+    'a ClassificationTask in C': ('timm.task', 'module.ClassificationTask = int', "cannot set '__new__'"),
+    'no resume_task_checkpoint': (
+        'timm.task', 'del module.resume_task_checkpoint', 'timm.task has no resume_task_checkpoint'),
+}
+
+
+def with_breakage(breakage: str) -> str:
+    return USE_TIMM.format(breakage=BREAKAGES[breakage][0], autoload=AUTOLOAD)
+
+
+def with_other_timm(other: str) -> str:
+    module, change, _ = OTHER_TIMMS[other]
+    return USE_TIMM.format(breakage=CHANGE_MODULE.format(module=module, change=change), autoload=AUTOLOAD)
+
+
+TASK_IS_BROKEN = USE_TIMM.format(
+    breakage=BREAK_MODULE.format(name='timm_supervit.task', error='RuntimeError("no such loss")'), autoload=AUTOLOAD)
+
+
+@pytest.fixture(scope='module')
+def broken() -> dict[str, Any]:
+    return run_in_forks([*map(with_breakage, BREAKAGES), *map(with_other_timm, OTHER_TIMMS), TASK_IS_BROKEN])
+
+
+def check_one_warning(answer: Any, *parts: str) -> list[str]:
+    assert isinstance(answer, list), answer
+    at_torch, at_timm, trained, listed = answer
     assert at_torch == []
     assert len(at_timm) == 1
-    assert cause in at_timm[0]
+    for part in parts:
+        assert part in at_timm[0]
     assert 'pip install' in at_timm[0]
     assert trained
-    assert listed == []
+    return listed
+
+
+@pytest.mark.parametrize('breakage', BREAKAGES)
+def test_what_is_broken_here_is_one_warning_when_timm_is_used(breakage: str, broken: dict[str, Any]) -> None:
+    assert check_one_warning(broken[with_breakage(breakage)], BREAKAGES[breakage][1]) == []
+
+
+@pytest.mark.parametrize('breakage', ['wrapt is missing', 'wrapt is too old'])
+def test_it_is_one_warning_where_timm_is_imported_before_torch(breakage: str) -> None:
+    code, cause = BREAKAGES[breakage]
+    answer, errors = run_python(USE_TIMM.format(breakage=code, autoload='pass') + 'print(json.dumps(answer))')
+    assert check_one_warning(answer, cause) == []
     assert errors == ''
 
 
-def test_a_broken_task_is_a_warning_and_leaves_timm_tasks_alone() -> None:
-    code = BREAK_MODULE.format(name='timm_supervit.task', error='RuntimeError("no such loss")')
-    (at_torch, at_timm, trained, listed), _ = run_python(USE_TIMM.format(breakage=code))
-    assert at_torch == []
-    assert len(at_timm) == 1
-    assert 'no such loss' in at_timm[0]
-    assert trained
+def test_a_broken_task_is_a_warning_and_leaves_timm_tasks_alone(broken: dict[str, Any]) -> None:
+    assert set(MODELS) <= set(check_one_warning(broken[TASK_IS_BROKEN], 'no such loss'))
+
+
+@pytest.mark.parametrize('other', OTHER_TIMMS)
+def test_a_timm_without_what_is_patched_works_as_alone_after_one_warning(other: str, broken: dict[str, Any]) -> None:
+    module, _, cause = OTHER_TIMMS[other]
+    listed = check_one_warning(
+        broken[with_other_timm(other)], f'could not extend {module}, so that', f'(timm {timm.__version__})', cause)
     assert set(MODELS) <= set(listed)
+
+
+def test_every_module_that_is_patched_is_tested_without_the_names_that_are() -> None:
+    assert {patch.module for patch in PATCHES} == {module for module, _, _ in OTHER_TIMMS.values()}

@@ -1,0 +1,94 @@
+"""Everything that this package changes in timm, and nothing else does: one function for each place without a door.
+
+A patch takes the module that it hangs on, once timm has imported it. It looks up all it needs before it changes
+anything, so one that fails leaves timm as it was; ``registration`` makes that failure a warning with its cause.
+This file is imported with torch, so it imports neither torch nor timm.
+"""
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+__all__ = ['PATCHES', 'Patch']
+
+
+class Patch(NamedTuple):
+    """A change of timm.
+
+    Attributes:
+        module: The name of timm's module that it is applied to.
+        apply: Takes that module.
+        without: What users go without where it fails.
+    """
+
+    module: str
+    apply: Callable[[Any], None]
+    without: str
+
+
+def create_supervit_task(tasks: Any) -> None:
+    """Let ``ClassificationTask(model, ...)`` create the task of the model where the model is a SuperViT.
+
+    Why: ``train.py`` creates this class by name, and a model cannot choose its task.
+    Hangs on: ``timm.task.ClassificationTask.__new__``.
+    Goes when: timm lets a model name its task, or registers tasks as it registers models.
+    """
+    classification_task = _look_up(tasks, 'ClassificationTask')
+    create = classification_task.__new__
+
+    def new(cls: type, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Where the models are not loaded, there is no SuperViT; and what fails here must not stop other models' tasks.
+        if cls is classification_task and model is not None and f'{__package__}.models.supervit' in sys.modules:
+            try:
+                from timm.utils import unwrap_model
+
+                from .task import is_supervit
+
+                cls = resolve_name(unwrap_model(model).task_class) if is_supervit(model) else cls
+            except Exception as error:
+                warnings.warn(
+                    f'timm-supervit could not look for the task of {type(model).__name__}, which trains as any model '
+                    f'of timm: {type(error).__name__}: {error}. Run "pip install --upgrade timm-supervit".',
+                    stacklevel=2)
+        return object.__new__(cls) if create is object.__new__ else create(cls, model, *args, **kwargs)
+
+    classification_task.__new__ = staticmethod(new)
+
+
+def name_unreadable_checkpoint(tasks: Any) -> None:
+    """Let resuming a SuperViT's task from a file that cannot be read say which file it is, and what to resume from.
+
+    Why: timm reads the file before the task sees anything of it, and torch's message does not name it.
+    Hangs on: ``timm.task.resume_task_checkpoint(task, checkpoint_path, ...)``.
+    Goes when: timm's message names the file.
+    """
+    resume_task_checkpoint = _look_up(tasks, 'resume_task_checkpoint')
+
+    @functools.wraps(resume_task_checkpoint)
+    def resume(task: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return resume_task_checkpoint(task, checkpoint_path, *args, **kwargs)
+        except Exception as error:
+            ours = sys.modules.get(f'{__package__}.task')
+            if ours is None or not isinstance(task, ours.SuperViTTask) or isinstance(error, FileNotFoundError):
+                raise
+            raise RuntimeError(
+                f'cannot resume from {checkpoint_path}: {error} '
+                f'If the file was cut short, resume from the checkpoint before it.') from error
+
+    tasks.resume_task_checkpoint = resume
+
+
+def _look_up(module: Any, name: str) -> Any:
+    # Python itself would suspect a circular import, since the module is still being imported.
+    if name not in vars(module):
+        raise AttributeError(f'{module.__name__} has no {name}')
+    return vars(module)[name]
+
+
+PATCHES = (
+    Patch('timm.task', create_supervit_task, 'ClassificationTask trains the active subnet of a SuperViT alone'),
+    Patch('timm.task', name_unreadable_checkpoint, 'resuming from a damaged checkpoint does not name the file'),
+)
