@@ -1,6 +1,6 @@
-"""Everything that this package changes in timm, and nothing else does: one function for each place without a door.
+"""Everything that this package changes in timm and torch: one function for each place without a door.
 
-A patch takes the module that it hangs on, once timm has imported it. It looks up all it needs before it changes
+A patch of timm takes the module that it hangs on, once timm has imported it. It looks up all it needs before it changes
 anything, so one that fails leaves timm as it was; ``registration`` makes that failure a warning with its cause.
 This file is imported with torch, so it imports neither torch nor timm.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-__all__ = ['PATCHES', 'Patch']
+__all__ = ['PATCHES', 'Patch', 'allow_recompilation']
 
 
 class Patch(NamedTuple):
@@ -86,6 +86,19 @@ def _look_up(module: Any, name: str) -> Any:
     if name not in vars(module):
         raise AttributeError(f'{module.__name__} has no {name}')
     return vars(module)[name]
+
+
+def allow_recompilation() -> bool:
+    """Let ``torch.compile`` keep a graph for every subnet; called when a SuperViT is compiled.
+
+    Why: a call that names another subnet is compiled anew, and after the eighth graph of one function torch runs it
+    eagerly, with no more than a line in its log. Only newer releases of torch let who compiles choose the number.
+    Hangs on: ``torch._dynamo.config.cache_size_limit``, named ``recompile_limit`` too since torch 2.7.
+    Goes when: torch raises the number, or lets a module choose its own.
+    """
+    import torch._dynamo.config as config
+    config.cache_size_limit = max(config.cache_size_limit, 64)
+    return True
 
 
 PATCHES = (

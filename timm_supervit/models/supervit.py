@@ -40,6 +40,7 @@ from ..subnets import (
     check_subnet,
     keep_schedule,
 )
+from ..timm_patches import allow_recompilation
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock, select_tokens
 from .weights import adapt_state_dict, check_state_dict
 
@@ -100,6 +101,9 @@ class PositionEmbeddings(nn.ParameterList):
             return self[index]
         start = sum(self[i].shape[1] for i in range(index))
         return torch.cat(list(self), dim=1)[:, start:start + self[index].shape[1]]
+
+
+_allow_recompilation = torch.compiler.assume_constant_result(allow_recompilation)  # runs while a graph is traced
 
 
 class UncompiledDropPath(DropPath):
@@ -303,6 +307,7 @@ class SuperVisionTransformer(VisionTransformer):
         Args:
             **kwargs: Arguments of ``torch.compile``.
         """
+        _allow_recompilation()
         blocks: Any = self.blocks
         if any(isinstance(module, DropPath) for module in self.modules()):
             for block in blocks:
@@ -425,6 +430,8 @@ class SuperVisionTransformer(VisionTransformer):
         Returns:
             Logits [B, num_classes]; a list of them with ``subnets``.
         """
+        if torch.compiler.is_compiling():
+            _allow_recompilation()
         if subnets is not None and _is_given(subnets):
             with_patches = [self._head_reads_patches] * len(subnets)
             return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets, with_patches)]

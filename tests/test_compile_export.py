@@ -1,0 +1,139 @@
+"""Compilers and exporters take the model as they take a ViT of timm: by any of their routes, at every keep rate."""
+import copy
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+TIMM_SCRIPTS = os.environ.get('TIMM_SCRIPTS')
+BACKBONES = ['supervit_tiny', 'supervit_lvvit_small']
+ROUNDING = dict(atol=2e-5, rtol=1e-4)
+
+
+def run_onnx(content: Any, images: Tensor) -> Tensor:
+    onnxruntime = pytest.importorskip('onnxruntime')
+    session = onnxruntime.InferenceSession(content)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+# --- exporters that call positionally ---
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('keep_rate', [0.3, 0.6, 1.0])
+@pytest.mark.parametrize('name', BACKBONES)
+def test_the_older_onnx_export_runs_at_other_batch_sizes(small_model: Any, name: str, keep_rate: float) -> None:
+    model = small_model(name, keep_rate=keep_rate)
+    file = io.BytesIO()
+    torch.onnx.export(
+        model, torch.randn(2, 3, 64, 64), file, dynamo=False, input_names=['x'], dynamic_axes={'x': {0: 'batch'}})
+    for batch_size in (1, 2, 5):
+        images = torch.randn(batch_size, 3, 64, 64)
+        torch.testing.assert_close(run_onnx(file.getvalue(), images), model(images).detach(), **ROUNDING)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('keep_rate', [0.3, 1.0])
+@pytest.mark.parametrize('name', BACKBONES)
+def test_a_trace_runs_at_other_batch_sizes(small_model: Any, name: str, keep_rate: float) -> None:
+    model = small_model(name, keep_rate=keep_rate)
+    traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))
+    for batch_size in (1, 2, 5):
+        images = torch.randn(batch_size, 3, 64, 64)
+        torch.testing.assert_close(traced(images), model(images), **ROUNDING)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_equal_scores_are_ranked_alike_in_onnx(small_model: Any, images: Tensor) -> None:
+    model = small_model(keep_rate=0.6)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:48] = 0.
+            block.attn.qkv.bias[:48] = 0.
+    for dynamo in (False, True):
+        file = io.BytesIO()
+        torch.onnx.export(model, (images,), file, dynamo=dynamo, **(dict(verbose=False) if dynamo else {}))
+        torch.testing.assert_close(run_onnx(file.getvalue(), images), model(images).detach(), **ROUNDING)
+
+
+@pytest.mark.skipif(not TIMM_SCRIPTS, reason='TIMM_SCRIPTS names no folder with timm\'s onnx_export.py')
+@pytest.mark.parametrize('keep_rate', [0.5, 1.0])
+def test_timm_s_onnx_export_script_writes_a_file_that_runs(tmp_path: Path, keep_rate: float) -> None:
+    weights = tmp_path / 'weights.pth'
+    model = timm.create_model('supervit_digits', keep_rate=keep_rate).eval()
+    torch.save(model.state_dict(), weights)
+    # The script takes no settings of the model; its own are those of the file that the model is saved in.
+    timm.models.save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+    path = tmp_path / 'model.onnx'
+    run = subprocess.run(
+        [sys.executable, '-P', f'{TIMM_SCRIPTS}/onnx_export.py', str(path), '--model', f'local-dir:{tmp_path}/model',
+         '--img-size', '24', '--batch-size', '2'],
+        capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONSAFEPATH': '1'})
+    assert run.returncode == 0, run.stderr
+    images = torch.randn(2, 3, 24, 24)
+    torch.testing.assert_close(run_onnx(str(path), images), model(images).detach(), **ROUNDING)
+
+
+# --- what is no goal ---
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', BACKBONES)
+def test_torchscript_is_refused_by_one_sentence(small_model: Any, name: str) -> None:
+    for model in (small_model(name), nn.Sequential(small_model(name)), small_model(name, scriptable=True)):
+        with pytest.raises(NotImplementedError, match=r'no TorchScript; use torch\.jit\.trace, torch\.export'):
+            torch.jit.script(model)
+
+
+def test_the_call_of_the_official_code_is_told_what_to_write(small_model: Any, images: Tensor) -> None:
+    model = small_model()
+    for call in (model, model.forward_features):
+        with pytest.raises(TypeError, match=re.escape('model(x, img_size=160, keep_rate=0.7)')):
+            call(images, 48, 0.6)
+
+
+# --- compiling ---
+
+
+@pytest.mark.parametrize('drop_path_rate', [0.0, 0.3])
+def test_compiled_blocks_leave_a_model_that_copies_and_pickles(
+        small_model: Any,
+        images: Tensor,
+        drop_path_rate: float,
+) -> None:
+    torch._dynamo.reset()
+    model = small_model(drop_path_rate=drop_path_rate)
+    expected = model(images, keep_rate=0.6)
+    model.compile(backend='eager')
+    model.train()
+    model(images, keep_rate=0.6)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.eval()
+        torch.testing.assert_close(other(images, keep_rate=0.6), expected, **ROUNDING)
+        assert not any('forward' in vars(module) for module in other.modules())
+        assert [m.drop_prob for m in other.modules() if isinstance(m, DropPath) and m.drop_prob] == [
+            m.drop_prob for m in small_model(drop_path_rate=drop_path_rate).modules() if isinstance(m, DropPath)]
+
+
+def test_twelve_subnets_of_a_compiled_model_never_fall_back(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = timm.create_model(
+        'supervit_digits', img_sizes=(4, 8, 12, 16), drop_layers=(0,), depth=1, embed_dim=8, num_heads=1).eval()
+    compiled = torch.compile(model, backend='eager')
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for img_size, keep_rate in model.subnets:
+            torch.testing.assert_close(
+                compiled(images, img_size=img_size, keep_rate=keep_rate),
+                model(images, img_size=img_size, keep_rate=keep_rate), **ROUNDING)
