@@ -2,6 +2,7 @@
 import argparse
 import copy
 import logging
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from timm.task import (
 )
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_supervit import Subnet, SuperViTTask
 from timm_supervit.task import distillation_loss
@@ -63,12 +65,36 @@ def test_other_models_and_other_tasks_are_untouched(small_model: Any) -> None:
     vit = timm.create_model('test_vit')
     assert type(ClassificationTask(vit, nn.CrossEntropyLoss())) is ClassificationTask
     assert type(ClassificationTask(nn.Linear(1, 1), nn.MSELoss())) is ClassificationTask
-    assert type(MultiLabelClassificationTask(small_model())) is MultiLabelClassificationTask
 
-    class Mine(ClassificationTask):
-        pass
 
-    assert type(Mine(small_model(), nn.CrossEntropyLoss())) is Mine
+class Mine(ClassificationTask):
+    pass
+
+
+OTHER_TASKS: dict[str, Any] = {
+    'a subclass': lambda model: Mine(model, nn.CrossEntropyLoss()),
+    'labels of several classes': MultiLabelClassificationTask,
+    'distillation of logits': lambda model: LogitDistillationTask(
+        student_model=model, teacher_model=timm.create_model('test_vit', num_classes=10), verbose=False),
+    'distillation of features': lambda model: FeatureDistillationTask(
+        model, timm.create_model('test_vit', num_classes=10), verbose=False),
+}
+
+
+@pytest.mark.parametrize('task', OTHER_TASKS)
+def test_another_task_says_once_that_it_trains_the_active_subnet_alone(small_model: Any, task: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        made = OTHER_TASKS[task](small_model(img_size=48, keep_rate=0.6))
+    assert not isinstance(made, SuperViTTask)
+    messages = [str(w.message) for w in caught if 'trains only' in str(w.message)]
+    assert len(messages) == 1
+    for part in (type(made).__name__, 'img_size=48, keep_rate=0.6', '--kd-model-name', 'train_subnets=active'):
+        assert part in messages[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*trains only')
+        OTHER_TASKS[task](small_model(train_subnets='active'))
+        OTHER_TASKS[task](timm.create_model('test_vit', num_classes=10))
 
 
 def test_super_training_is_announced_in_one_line(small_model: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -386,3 +412,114 @@ def test_accumulation_and_compilation_hooks_of_the_loop_work(create_task: Any, i
     task.compile(backend='eager')
     assert task(images, TARGET)['loss'].isfinite()
     assert task.get_checkpoint_state()['state_dict'].keys() == task.model.state_dict().keys()
+
+
+# --- a step and its device ---
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+@pytest.mark.parametrize('mode', ['sandwich', 'all', 'active'])
+def test_a_step_never_waits_for_the_device(
+        small_model: Any,
+        images: Tensor,
+        name: str,
+        mode: str,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks = [ClassificationTask(small_model(name, train_subnets=mode).train(), nn.CrossEntropyLoss(), verbose=verbose)
+             for verbose in (True, False)]
+    for task in tasks:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # a tensor without data answers no question about its values
+            task(torch.empty(2, 3, 64, 64), torch.zeros(2, dtype=torch.long))['loss'].backward()
+        task.zero_grad()
+    for read in ('item', 'tolist', '__float__', '__int__', '__bool__', 'cpu', 'numpy'):
+        monkeypatch.setattr(Tensor, read, lambda *_, read=read: pytest.fail(f'{read} of a tensor'))
+    for task in tasks:
+        task._sums.clear()
+        task(images, TARGET)['loss'].backward()
+
+
+def test_losses_are_logged_by_the_count_of_steps_and_not_kept(
+        small_model: Any,
+        images: Tensor,
+        caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger='timm_supervit')
+    for verbose in (True, False):
+        caplog.clear()
+        task = ClassificationTask(small_model().train(), nn.CrossEntropyLoss(), verbose=verbose)
+        task.log_interval = 3
+        losses = []
+        for step in range(1, 8):
+            losses += task(images, TARGET)['subnet_losses']
+            lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith('Subnets:')]
+            assert len(lines) == (step // 3 if verbose else 0)
+            if step % 3 == 0:
+                assert task._sums == {}
+                mean = torch.stack([s.loss for s in losses if s.subnet == Subnet(64, 1.0)]).mean()
+                assert not verbose or f'64@1 {mean:#.3g}' in lines[-1]
+                losses.clear()
+        assert len(task._sums) <= 4  # one sum for each subnet
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+@pytest.mark.parametrize('mode', ['sandwich', 'all', 'active'])
+def test_every_parameter_learns_in_evaluation_mode_too(small_model: Any, images: Tensor, name: str, mode: str) -> None:
+    task = ClassificationTask(small_model(name, train_subnets=mode).eval(), nn.CrossEntropyLoss(), verbose=False)
+    task.model.eval()  # frozen BatchNorm or no dropout, as in fine-tuning
+    task(images, TARGET)['loss'].backward()
+    assert [n for n, p in task.model.named_parameters() if p.grad is None] == []
+    if mode != 'active':
+        norm = task.model.blocks[0].norm1.weight
+        assert norm.grad.abs().sum() > 0
+
+
+# --- the order of parameters ---
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+def test_parameters_are_in_the_order_of_timm(small_model: Any, name: str) -> None:
+    model = small_model(name)
+    for _ in range(2):
+        names = [name for name, _ in model.named_parameters()]
+        heads = ['head.weight', 'head.bias']
+        assert names[-2:] == heads
+        if name == 'supervit_lvvit_small':
+            assert names[-4:-2] == ['aux_head.weight', 'aux_head.bias']
+        last_pos_embed = names.index(f'pos_embed_list.{len(model.img_sizes) - 1}')
+        assert last_pos_embed < names.index('blocks.0.norm1.weight')
+        task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+        clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+        assert not clipped & {id(p) for p in model.head.parameters()}
+        assert len(clipped) == len(names) - 2
+        model.reset_classifier(7)
+        model.set_input_size(80)
+
+
+# --- criteria and batches that do not fit ---
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+def test_a_criterion_that_does_not_reduce_is_refused(small_model: Any, images: Tensor, name: str) -> None:
+    task = ClassificationTask(small_model(name).train(), nn.CrossEntropyLoss(reduction='none'), verbose=False)
+    with pytest.raises(ValueError, match='reduction="mean"'):
+        task(images, TARGET)
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+def test_an_image_that_is_not_finite_ends_the_training_by_name(small_model: Any, images: Tensor, name: str) -> None:
+    task = ClassificationTask(small_model(name).train(), nn.CrossEntropyLoss(), verbose=False)
+    images[1, 0, 5, 5] = float('nan')
+    task(images, TARGET)
+    with pytest.raises(FloatingPointError, match=r'img_size=64, keep_rate=1\.0\) \(label\): nan'):
+        task.log_losses()
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+def test_an_empty_batch_is_refused_and_one_image_trains(small_model: Any, images: Tensor, name: str) -> None:
+    task = ClassificationTask(small_model(name).train(), nn.CrossEntropyLoss(), verbose=False)
+    with pytest.raises(ValueError, match='holds no image'):
+        task(images[:0], TARGET[:0])
+    result = task(images[:1], TARGET[:1])
+    result['loss'].backward()
+    assert result['loss'].isfinite()

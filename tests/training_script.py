@@ -60,7 +60,8 @@ def main() -> None:
             result['loss'].backward()
             optimizer.step()
             with open(args.folder / f'steps.{args.rank}.jsonl', 'a') as file:
-                row = dict(epoch=epoch, step=step, losses=[(s.subnet, s.role, s.loss.item()) for s in result['subnet_losses']])
+                losses = [(*s[:2], s.loss.item()) for s in result['subnet_losses']]
+                row = dict(epoch=epoch, step=step, losses=losses)
                 file.write(json.dumps(row) + '\n')
         if args.rank == 0:
             saver.save_checkpoint(epoch, metric=epoch)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .models.supervit import SuperVisionTransformer
 from .subnets import Subnet
 
-__all__ = ['SubnetLoss', 'SuperViTTask', 'is_supervit']
+__all__ = ['SubnetLoss', 'SuperViTTask', 'find_supervit']
 
 _logger = logging.getLogger(__name__)
 
@@ -39,9 +39,12 @@ class SubnetLoss(NamedTuple):
     loss: Tensor
 
 
-def is_supervit(model: nn.Module) -> bool:
-    """Return whether a model, wrapped or not, is a SuperViT."""
-    return isinstance(unwrap_model(model), SuperVisionTransformer)
+def find_supervit(model: Any) -> SuperVisionTransformer | None:
+    """Return the SuperViT that a model is, or that it wraps: for distribution, averaging, compiling, or by PEFT."""
+    model = unwrap_model(model)
+    if get_base_model := getattr(model, 'get_base_model', None):
+        model = get_base_model()
+    return model if isinstance(model, SuperVisionTransformer) else None
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -103,8 +106,11 @@ class SuperViTTask(ClassificationTask):
 
     @property
     def model(self) -> SuperVisionTransformer:
-        """The plain model, without the wrappers of distributed training."""
-        return unwrap_model(self.trainable_module)
+        """The SuperViT without wrappers."""
+        model = find_supervit(self.trainable_module)
+        if model is None:
+            raise TypeError(f'{type(self.trainable_module).__name__} is no SuperViT')
+        return model
 
     def sample_subnets(self) -> list[Subnet]:
         """Draw the subnets of one step, each size's network that keeps all tokens before those that learn from it."""
@@ -137,11 +143,24 @@ class SuperViTTask(ClassificationTask):
 
         Raises:
             FloatingPointError: If a loss since the last log line is not finite; the message names the subnet.
-            ValueError: If the criterion does not return one number.
+            ValueError: If the batch is empty, or the criterion does not return one number.
         """
         subnets = self.sample_subnets()
-        outputs = self.trainable_module(input, subnets=subnets)
-        return self._add_up(subnets, outputs, lambda logits: self.criterion(logits, target))
+        outputs = self._run(input, subnets)
+        return self._add_up(subnets, outputs, lambda logits: self._judge(logits, target))
+
+    def _run(self, input: Tensor, subnets: Sequence[Subnet], **kwargs: Any) -> list[Any]:
+        if not len(input):
+            raise ValueError(f'this batch of shape {tuple(input.shape)} holds no image; leave it out')
+        return self.trainable_module(input, subnets=subnets, **kwargs)
+
+    def _judge(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = self.criterion(logits, target)
+        if loss.ndim:
+            raise ValueError(
+                f'the criterion returned a loss of shape {tuple(loss.shape)}, and the losses of the subnets add up to '
+                f'one number; use one with reduction="mean"')
+        return loss
 
     def _add_up(
             self,
@@ -161,10 +180,6 @@ class SuperViTTask(ClassificationTask):
                 roles.append('label')
                 losses.append(label_loss(logits))
                 teachers[subnet.img_size] = logits
-                if losses[-1].ndim:
-                    raise ValueError(
-                        f'the criterion returned a loss of shape {tuple(losses[-1].shape)}, and the losses of the '
-                        f'subnets add up to one number; use one with reduction="mean"')
         loss = torch.stack(losses)
         subnet_losses = [SubnetLoss(*row) for row in zip(subnets, roles, loss.detach().unbind(), strict=True)]
         self._keep_for_log(subnet_losses)

@@ -31,30 +31,45 @@ class Patch(NamedTuple):
 def create_supervit_task(tasks: Any) -> None:
     """Let ``ClassificationTask(model, ...)`` create the task of the model where the model is a SuperViT.
 
+    Other tasks train its active subnet alone, and say so.
+
     Why: ``train.py`` creates this class by name, and a model cannot choose its task.
-    Hangs on: ``timm.task.ClassificationTask.__new__``.
+    Hangs on: ``timm.task.ClassificationTask``, and ``timm.task.TrainingTask.__new__``, which it inherits.
     Goes when: timm lets a model name its task, or registers tasks as it registers models.
     """
-    classification_task = _look_up(tasks, 'ClassificationTask')
-    create = classification_task.__new__
+    classification_task, training_task = tasks.ClassificationTask, tasks.TrainingTask
+    create = training_task.__new__
 
-    def new(cls: type, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else kwargs.get('model', kwargs.get('student_model'))
         # Where the models are not loaded, there is no SuperViT; and what fails here must not stop other models' tasks.
-        if cls is classification_task and model is not None and f'{__package__}.models.supervit' in sys.modules:
+        if model is not None and f'{__package__}.models.supervit' in sys.modules:
             try:
-                from timm.utils import unwrap_model
-
-                from .task import is_supervit
-
-                cls = resolve_name(unwrap_model(model).task_class) if is_supervit(model) else cls
+                cls = _choose_task(cls, model, classification_task)
             except Exception as error:
                 warnings.warn(
                     f'timm-supervit could not look for the task of {type(model).__name__}, which trains as any model '
                     f'of timm: {type(error).__name__}: {error}. Run "pip install --upgrade timm-supervit".',
                     stacklevel=2)
-        return object.__new__(cls) if create is object.__new__ else create(cls, model, *args, **kwargs)
+        return object.__new__(cls) if create is object.__new__ else create(cls, *args, **kwargs)
 
-    classification_task.__new__ = staticmethod(new)
+    training_task.__new__ = staticmethod(new)
+
+
+def _choose_task(cls: type, model: Any, classification_task: type) -> type:
+    from .task import SuperViTTask, find_supervit
+
+    supervit = find_supervit(model)
+    if supervit is None or issubclass(cls, SuperViTTask):
+        return cls
+    if cls is classification_task:
+        return resolve_name(supervit.task_class)
+    if supervit.train_subnets != 'active':
+        warnings.warn(
+            f'{cls.__name__} trains only the active {supervit.subnet} of this SuperViT. All subnets train in '
+            f'ClassificationTask itself, as train.py without --kd-model-name creates it; '
+            f'train_subnets=active says that one is meant.', stacklevel=4)
+    return cls
 
 
 def name_unreadable_checkpoint(tasks: Any) -> None:

@@ -56,13 +56,13 @@ class TokenLabelTask(SuperViTTask):
 
         box = draw_box(model.grid_size(model.img_sizes[-1]), self.draws)
         share = box_share(model.scale_box(box, grid_size), grid_size)
-        outputs = self.trainable_module(input, subnets=subnets, mix_box=box)
+        outputs = self._run(input, subnets, mix_box=box)
         (first, token_logits), *others = outputs  # [B, classes], [B, N, classes]; the others [B, classes]
         if target.ndim == 3:
             criterion: Any = F.cross_entropy
             image_target, token_target = target[:, :, 1], target[:, :, 2:].transpose(1, 2).flatten(0, 1)
         else:
-            criterion = self.criterion
+            criterion = self._judge
             image_target, token_target = target, target.repeat_interleave(grid_size ** 2, dim=0)
 
         def label_loss(logits: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from .weights import adapt_state_dict, check_state_dict
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
+
 @torch.fx.wrap
 @register_notrace_function
 def resize_images(x: Tensor, img_size: int, in_chans: int) -> Tensor:
