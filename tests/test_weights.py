@@ -492,6 +492,109 @@ def test_distributed_checkpoints_of_trainable_parameters_are_loaded(create: Any,
     torch.testing.assert_close(dict(full), expected, **EXACT)
 
 
+# --- adapters ---
+
+
+def make_adapter(peft: Any, kind: str) -> Any:
+    if kind == 'IA3':
+        return peft.IA3Config(target_modules=['qkv', 'fc2'], feedforward_modules=['fc2'])
+    return peft.LoraConfig(target_modules=['qkv', 'fc1'], use_dora=kind == 'DoRA', modules_to_save=['head'])
+
+
+def train_adapter(peft: Any, model: Any, kind: str) -> Any:
+    adapted = peft.get_peft_model(model, make_adapter(peft, kind)).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return adapted
+
+
+@pytest.mark.parametrize('kind', ['LoRA', 'DoRA', 'IA3'])
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
+def test_adapters_are_saved_and_loaded(create: Any, images: Tensor, tmp_path: Path, name: str, kind: str) -> None:
+    peft = pytest.importorskip('peft')
+    model, other = create(name), create(name)
+    other.load_state_dict(model.state_dict())
+    plain = model(images)
+    adapted = train_adapter(peft, model, kind)
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path).eval()
+    assert not torch.allclose(adapted(images), plain, atol=1e-3)
+    torch.testing.assert_close(loaded(images), adapted(images), **EXACT)
+    torch.testing.assert_close(loaded.state_dict(), adapted.state_dict(), **EXACT)
+
+
+@pytest.mark.parametrize('kind', ['LoRA', 'DoRA', 'IA3'])
+def test_adapters_are_saved_and_loaded_inside_transformers(images: Tensor, tmp_path: Path, kind: str) -> None:
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    config = transformers.TimmWrapperConfig(
+        architecture='supervit_tiny', model_args={k: v for k, v in SETTINGS.items() if k != 'num_classes'},
+        num_labels=10)
+    model = transformers.AutoModelForImageClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / 'model')
+    adapted = train_adapter(peft, model, kind)
+    adapted.save_pretrained(tmp_path / 'adapter')
+    other = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'model')
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path / 'adapter').eval()
+    torch.testing.assert_close(loaded(images).logits, adapted(images).logits, **EXACT)
+
+
+# --- quantized networks ---
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_dynamically_quantized_weights_load_back(create: Any, images: Tensor, name: str) -> None:
+    source, model = (
+        torch.ao.quantization.quantize_dynamic(create(name), {nn.Linear}, dtype=torch.qint8) for _ in range(2))
+    weights = source.state_dict()
+    before = model(images)
+    with pytest.raises(RuntimeError, match=r'blocks\.3\.attn\.qkv is missing'):
+        model.load_state_dict({key: value for key, value in weights.items() if 'blocks.3.attn.qkv' not in key})
+    torch.testing.assert_close(model(images), before, **EXACT)
+    for strict in (True, False):
+        model.load_state_dict(weights, strict=strict)
+        torch.testing.assert_close(model(images), source(images), **EXACT)
+    with pytest.raises(RuntimeError, match='nothing was loaded'):
+        create(name).load_state_dict(weights)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_ranges_that_quantization_observed_load_back(create: Any, images: Tensor) -> None:
+    source, model = create().train(), create().train()
+    for m in (source, model):
+        m.blocks[1].mlp.qconfig = torch.ao.quantization.get_default_qat_qconfig('fbgemm')
+        torch.ao.quantization.prepare_qat(m, inplace=True)
+    source(images)  # the observers of a new model hold nothing yet
+    assert source.state_dict().keys() == model.state_dict().keys()
+    model.load_state_dict(source.state_dict())
+    assert_same_weights(model, source.state_dict())
+
+
+@pytest.mark.parametrize('bits', ['qint8', 'qint4'])
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
+def test_weights_quantized_by_quanto_load_back(create: Any, images: Tensor, name: str, bits: str) -> None:
+    quanto = pytest.importorskip('optimum.quanto')
+    source, plain = create(name), create(name)
+    quanto.quantize(source, weights=getattr(quanto, bits))
+    source.load_state_dict(plain.state_dict())  # a quantized model takes plain weights as long as it is not frozen
+    quanto.freeze(source)
+    weights = source.state_dict()
+    for strict in (True, False):
+        model = create(name)
+        quanto.quantize(model, weights=getattr(quanto, bits))
+        model.load_state_dict(weights, strict=strict)
+        torch.testing.assert_close(model(images), source(images), **EXACT)
+    model = create(name)
+    quanto.requantize(model, weights, quanto.quantization_map(source))
+    torch.testing.assert_close(model(images), source(images), **EXACT)
+    before = copy_weights(plain)
+    with pytest.raises(RuntimeError, match='nothing was loaded'):
+        plain.load_state_dict(weights)
+    assert_same_weights(plain, before)
+
+
 # --- what does not fit ---
 
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
