@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ import pytest
 import timm
 import torch
 from hub_server import hub_environment, serve
+from huggingface_hub import load_torch_model, save_torch_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import load_checkpoint, save_for_hf
+from timm.models import load_checkpoint, resume_checkpoint, save_for_hf
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from timm_supervit import Subnet
 
@@ -34,6 +39,10 @@ def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
     assert weights.keys() == expected.keys()
     for name, value in weights.items():
         torch.testing.assert_close(value, expected[name], **EXACT)
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -140,6 +149,14 @@ def test_it_reads_weights_inside_another_module(create: Any, deit: Any) -> None:
     assert_same_weights(wrapper['backbone'], source.state_dict())
     wrapper.load_state_dict({f'backbone.{name}': value for name, value in deit.state_dict().items()}, strict=False)
     torch.testing.assert_close(wrapper['backbone'].pos_embed_list[2], deit.pos_embed)
+
+
+def test_it_reads_weights_without_the_counters_of_batch_norm_as_torch_does(create: Any) -> None:
+    source, model = create('supervit_lvvit_tiny'), create('supervit_lvvit_tiny')
+    weights = {name: value for name, value in source.state_dict().items() if 'num_batches_tracked' not in name}
+    assert model.load_state_dict(weights) == nn.BatchNorm2d(1).load_state_dict(
+        {'weight': torch.ones(1), 'bias': torch.ones(1), 'running_mean': torch.ones(1), 'running_var': torch.ones(1)})
+    assert_same_weights(model, source.state_dict())
 
 
 def test_weights_can_be_assigned_in_place_of_copied(create: Any) -> None:
@@ -369,14 +386,223 @@ def test_a_broken_download_names_its_repository(hub: Any) -> None:
     assert 'download' in seen['broken']
 
 
+# --- a part of the weights ---
+
+PARTS: dict[str, Callable[[str], bool]] = {
+    'biases': lambda name: name.endswith('bias'),
+    'norms': lambda name: 'norm' in name,
+    'one block': lambda name: name.startswith('blocks.2.'),
+    'half of the blocks and one size': lambda name: name.startswith(('blocks.0.', 'blocks.1.', 'pos_embed_list.1')),
+    'the trainable parameters': lambda name: name.startswith(('head.', 'blocks.3.')),
+}
+
+
+def check_partial_loading(model: Any, source: Any, part: str, wrapper: nn.Module, prefix: str = '') -> None:
+    """Check that those of the source's weights that belong to a part arrive, and the others stay."""
+    weights, before = source.state_dict(), copy_weights(model)
+    given = {name: value for name, value in weights.items() if PARTS[part](name)}
+    missing = {name for name in weights if name not in given and 'num_batches_tracked' not in name}  # torch needs none
+    keys = wrapper.load_state_dict({prefix + name: value for name, value in given.items()}, strict=False)
+    told = {key.replace('_checkpoint_wrapped_module.', '') for key in keys.missing_keys}
+    assert (told, keys.unexpected_keys) == ({prefix + name for name in missing}, [])
+    assert_same_weights(model, before | given)
+
+
+@pytest.mark.parametrize('part', PARTS)
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
+def test_lenient_loading_takes_what_is_there(create: Any, name: str, part: str) -> None:
+    model = create(name)
+    check_partial_loading(model, create(name), part, model)
+
+
+def wrap_in_module(model: Any) -> tuple[nn.Module, str]:
+    return nn.ModuleDict({'backbone': model}), 'backbone.'
+
+
+def wrap_in_compile(model: Any) -> tuple[nn.Module, str]:
+    wrapper: Any = torch.compile(model)
+    return wrapper, '_orig_mod.'
+
+
+def wrap_in_ddp(model: Any) -> tuple[nn.Module, str]:
+    return nn.parallel.DistributedDataParallel(model), 'module.'
+
+
+def wrap_blocks_in_checkpoints(model: Any) -> tuple[nn.Module, str]:
+    apply_activation_checkpointing(model, check_fn=lambda module: module in list(model.blocks))
+    return model, ''
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('wrap', [wrap_in_module, wrap_in_compile, wrap_in_ddp, wrap_blocks_in_checkpoints])
+def test_lenient_loading_takes_what_is_there_inside_wrappers(create: Any, process_group: None, wrap: Any) -> None:
+    model = create()
+    wrapper, prefix = wrap(model)
+    check_partial_loading(model, create(), 'half of the blocks and one size', wrapper, prefix)
+    before = copy_weights(model)
+    weights = {'cls_token': torch.zeros(1, 1, 48), 'blocks.3.norm1.weight': torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=rf'{prefix}blocks\.3\.norm1\.weight is \(1,\) and should be \(48,\)'):
+        wrapper.load_state_dict({prefix + name: value for name, value in weights.items()}, strict=False)
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize('what', ['fewer blocks', 'more blocks', 'fewer sizes', 'more sizes'])
+def test_lenient_loading_tells_what_is_missing_and_unknown(create: Any, what: str) -> None:
+    weights, _ = make_misfit(what, create)
+    model = create()
+    before = copy_weights(model)
+    keys = model.load_state_dict(weights, strict=False)
+    assert set(keys.missing_keys) == before.keys() - weights.keys()
+    assert set(keys.unexpected_keys) == weights.keys() - before.keys()
+    assert_same_weights(model, before | {name: value for name, value in weights.items() if name in before})
+
+
+def test_a_folder_of_shards_is_loaded_shard_by_shard(create: Any, tmp_path: Path) -> None:
+    source, model = create(), create()
+    save_torch_model(source, tmp_path, max_shard_size='100KB')
+    assert len(list(tmp_path.glob('*.safetensors'))) > 2
+    load_torch_model(model, tmp_path, strict=True)
+    assert_same_weights(model, source.state_dict())
+
+
+def test_distributed_checkpoints_of_trainable_parameters_are_loaded(create: Any, process_group: None) -> None:
+    def shard(model: Any) -> Any:
+        mesh = init_device_mesh('cpu', (1,))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(PARTS['the trainable parameters'](name))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    source, model = create(), create()
+    expected = copy_weights(model) | {
+        name: value.clone() for name, value in source.state_dict().items() if PARTS['the trainable parameters'](name)}
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights = get_model_state_dict(shard(source), options=options)
+    assert len(weights) == 14
+    set_model_state_dict(shard(model), weights, options=options)
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(dict(full), expected, **EXACT)
+
+
+# --- adapters ---
+
+
+def make_adapter(peft: Any, kind: str) -> Any:
+    if kind == 'IA3':
+        return peft.IA3Config(target_modules=['qkv', 'fc2'], feedforward_modules=['fc2'])
+    return peft.LoraConfig(target_modules=['qkv', 'fc1'], use_dora=kind == 'DoRA', modules_to_save=['head'])
+
+
+def train_adapter(peft: Any, model: Any, kind: str) -> Any:
+    adapted = peft.get_peft_model(model, make_adapter(peft, kind)).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return adapted
+
+
+@pytest.mark.parametrize('kind', ['LoRA', 'DoRA', 'IA3'])
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
+def test_adapters_are_saved_and_loaded(create: Any, images: Tensor, tmp_path: Path, name: str, kind: str) -> None:
+    peft = pytest.importorskip('peft')
+    model, other = create(name), create(name)
+    other.load_state_dict(model.state_dict())
+    plain = model(images)
+    adapted = train_adapter(peft, model, kind)
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path).eval()
+    assert not torch.allclose(adapted(images), plain, atol=1e-3)
+    torch.testing.assert_close(loaded(images), adapted(images), **EXACT)
+    torch.testing.assert_close(loaded.state_dict(), adapted.state_dict(), **EXACT)
+
+
+@pytest.mark.parametrize('kind', ['LoRA', 'DoRA', 'IA3'])
+def test_adapters_are_saved_and_loaded_inside_transformers(images: Tensor, tmp_path: Path, kind: str) -> None:
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    config = transformers.TimmWrapperConfig(
+        architecture='supervit_tiny', model_args={k: v for k, v in SETTINGS.items() if k != 'num_classes'},
+        num_labels=10)
+    model = transformers.AutoModelForImageClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / 'model')
+    adapted = train_adapter(peft, model, kind)
+    adapted.save_pretrained(tmp_path / 'adapter')
+    other = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'model')
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path / 'adapter').eval()
+    torch.testing.assert_close(loaded(images).logits, adapted(images).logits, **EXACT)
+
+
+# --- quantized networks ---
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_dynamically_quantized_weights_load_back(create: Any, images: Tensor, name: str) -> None:
+    source, model = (
+        torch.ao.quantization.quantize_dynamic(create(name), {nn.Linear}, dtype=torch.qint8) for _ in range(2))
+    weights = source.state_dict()
+    before = model(images)
+    with pytest.raises(RuntimeError, match=r'blocks\.3\.attn\.qkv is missing'):
+        model.load_state_dict({key: value for key, value in weights.items() if 'blocks.3.attn.qkv' not in key})
+    torch.testing.assert_close(model(images), before, **EXACT)
+    for strict in (True, False):
+        model.load_state_dict(weights, strict=strict)
+        torch.testing.assert_close(model(images), source(images), **EXACT)
+    with pytest.raises(RuntimeError, match='nothing was loaded'):
+        create(name).load_state_dict(weights)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_ranges_that_quantization_observed_load_back(create: Any, images: Tensor) -> None:
+    source, model = create().train(), create().train()
+    for m in (source, model):
+        m.blocks[1].mlp.qconfig = torch.ao.quantization.get_default_qat_qconfig('fbgemm')
+        torch.ao.quantization.prepare_qat(m, inplace=True)
+    source(images)  # the observers of a new model hold nothing yet
+    assert source.state_dict().keys() == model.state_dict().keys()
+    model.load_state_dict(source.state_dict())
+    assert_same_weights(model, source.state_dict())
+
+
+@pytest.mark.parametrize('bits', ['qint8', 'qint4'])
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
+def test_weights_quantized_by_quanto_load_back(create: Any, images: Tensor, name: str, bits: str) -> None:
+    quanto = pytest.importorskip('optimum.quanto')
+    source, plain = create(name), create(name)
+    quanto.quantize(source, weights=getattr(quanto, bits))
+    source.load_state_dict(plain.state_dict())  # a quantized model takes plain weights as long as it is not frozen
+    quanto.freeze(source)
+    weights = source.state_dict()
+    for strict in (True, False):
+        model = create(name)
+        quanto.quantize(model, weights=getattr(quanto, bits))
+        model.load_state_dict(weights, strict=strict)
+        torch.testing.assert_close(model(images), source(images), **EXACT)
+    model = create(name)
+    quanto.requantize(model, weights, quanto.quantization_map(source))
+    torch.testing.assert_close(model(images), source(images), **EXACT)
+    before = copy_weights(plain)
+    with pytest.raises(RuntimeError, match='nothing was loaded'):
+        plain.load_state_dict(weights)
+    assert_same_weights(plain, before)
+
+
 # --- what does not fit ---
 
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
-    'another width': (dict(embed_dim=24), r'\(1, 1, 24\) and should be \(1, 1, 48\).*width 24.*width 48'),
+    'another width': (dict(embed_dim=24), r'\(1, 1, 24\) and should be \(1, 1, 48\).*of width 48'),
     'fewer blocks': (dict(depth=3), r'blocks\.3.*is missing.*hold 3 blocks.*has 4 blocks'),
     'more blocks': (dict(depth=5), r'blocks\.4.*has no place.*hold 5 blocks.*has 4 blocks'),
-    'fewer sizes': (dict(img_sizes=(32, 48)), r'pos_embed_list\.2 is missing.*for 2 image size\(s\)'),
-    'more sizes': (dict(img_sizes=(32, 48, 64, 80)), r'pos_embed_list\.3 has no place.*for 4 image size\(s\)'),
+    'fewer sizes': (dict(img_sizes=(32, 48)), r'pos_embed_list\.2 is missing.*2 position embedding\(s\)'),
+    'more sizes': (dict(img_sizes=(32, 48, 64, 80)), r'pos_embed_list\.3 has no place.*4 position embedding\(s\)'),
     'other sizes': (dict(img_sizes=(32, 48, 80)), r'pos_embed_list\.2 is \(1, 26, 48\) and should be \(1, 17, 48\)'),
     'another patch': (dict(patch_size=8), r'patch_embed\.proj\.weight is \(48, 3, 8, 8\)'),
     'another FFN': (dict(mlp_ratio=2.), r'mlp\.fc1\.weight is \(96, 48\) and should be \(192, 48\)'),
@@ -396,8 +622,8 @@ def make_misfit(what: str, create: Callable[..., Any]) -> tuple[dict[str, Any], 
 def test_weights_of_another_network_change_nothing(create: Any, tmp_path: Path, what: str, route: str) -> None:
     weights, message = make_misfit(what, create)
     model = create()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    message = rf'SuperVisionTransformer, and nothing was loaded: .*{message}.*create it with the settings'
+    before = copy_weights(model)
+    message = rf'SuperVisionTransformer, and nothing was loaded: .*{message}.*Create it with the settings'
     if route == 'safetensors':
         with pytest.raises(RuntimeError, match=message):
             load_by(route, create, weights, tmp_path)
@@ -407,14 +633,15 @@ def test_weights_of_another_network_change_nothing(create: Any, tmp_path: Path, 
     assert_same_weights(model, before)
 
 
-@pytest.mark.parametrize('what', [w for w in MISFITS if w not in ('no head', 'another number of classes')])
-def test_lenient_loading_takes_no_half_of_a_network(create: Any, what: str) -> None:
-    weights, _ = make_misfit(what, create)
+OTHER_SHAPES = ('another width', 'other sizes', 'another patch', 'another FFN', 'another number of classes')
+
+
+@pytest.mark.parametrize('what', OTHER_SHAPES)
+def test_lenient_loading_of_another_shape_changes_nothing(create: Any, what: str) -> None:
+    weights, message = make_misfit(what, create)
     model = create()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    if what == 'register tokens':
-        del weights['pos_embed_list.1']
-    with pytest.raises(RuntimeError, match='nothing was loaded'):
+    before = copy_weights(model)
+    with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(weights, strict=False)
     assert_same_weights(model, before)
 
@@ -433,9 +660,9 @@ def test_lenient_loading_passes_over_a_head(create: Any) -> None:
 ODD_CONTENTS: dict[str, tuple[Any, str]] = {
     'not a square grid': (lambda w: w | {'pos_embed': torch.zeros(1, 8, 48)}, r'\(1, 8, 48\) is no square grid'),
     'no tensor': (lambda w: w | {'norm.weight': None}, r'norm\.weight is no tensor but of type NoneType'),
-    'nothing': (lambda w: {}, r'is missing.*no vision transformer'),
-    'something else': (lambda w: {'conv1.weight': torch.zeros(1)}, r'conv1\.weight.*no vision transformer'),
-    'a whole checkpoint': (lambda w: {'model': w, 'epoch': 3}, r'epoch, model.*no vision transformer'),
+    'nothing': (lambda w: {}, r'is missing.*hold 0 blocks'),
+    'something else': (lambda w: {'conv1.weight': torch.zeros(1)}, r'conv1\.weight has no place.*hold 0 blocks'),
+    'a whole checkpoint': (lambda w: {'model': w, 'epoch': 3}, r'epoch has no place; model has no place'),
 }
 
 
@@ -446,10 +673,100 @@ def test_odd_contents_change_nothing(create: Any, what: str) -> None:
     weights = create().state_dict()
     if what == 'not a square grid':
         weights = {name: value for name, value in weights.items() if 'pos_embed' not in name}
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy_weights(model)
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(change(weights))
     assert_same_weights(model, before)
+
+# Tensors of the right shape that torch cannot copy into a plain one.
+UNCOPYABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    'sparse': lambda value: value.to_sparse(),
+    'quantized': lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    'meta': lambda value: value.to('meta'),
+    'of a bare dtype': lambda value: torch.zeros(value.shape, dtype=torch.uint8).view(torch.bits8),
+    'of oneDNN': lambda value: value.to_mkldnn(),
+}
+
+
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('what', UNCOPYABLE)
+def test_tensors_that_cannot_be_copied_change_nothing(create: Any, deit: Any, what: str, strict: bool) -> None:
+    model = create()
+    before = copy_weights(model)
+    weights = create().state_dict()
+    weights['norm.weight'] = UNCOPYABLE[what](weights['norm.weight'])
+    with pytest.raises(RuntimeError, match=r'nothing was loaded: norm\.weight cannot be copied: \S'):
+        model.load_state_dict(weights, strict=strict)
+    assert_same_weights(model, before)
+    plain = deit.state_dict()
+    plain['pos_embed'] = UNCOPYABLE[what](plain['pos_embed'])
+    with pytest.raises(RuntimeError, match=r'nothing was loaded: pos_embed\S* cannot be (copied|resampled): \S'):
+        model.load_state_dict(plain, strict=strict)
+    assert_same_weights(model, before)
+
+
+def test_tensors_that_cannot_be_assigned_change_nothing(create: Any) -> None:
+    model = create()
+    before = copy_weights(model)
+    weights = create().state_dict()
+    weights['norm.weight'] = torch.ones(48, dtype=torch.long)  # has no gradient
+    with pytest.raises(RuntimeError, match=r'nothing was loaded: norm\.weight cannot be copied: \S'):
+        model.load_state_dict(weights, assign=True)
+    assert_same_weights(model, before)
+
+
+HALVES: dict[str, Callable[[str], bool]] = {
+    'no last block': lambda name: name.startswith('blocks.3.'),
+    'torn in the last block': lambda name: name.startswith(('blocks.3.mlp', 'norm', 'head')),
+    'torn after the blocks': lambda name: name.startswith(('norm', 'head')),
+    'torn in the first block': lambda name: name.startswith(('blocks', 'norm', 'head')) and '0.norm1' not in name,
+    'no class token': lambda name: name == 'cls_token',
+    'no bias of the patches': lambda name: name == 'patch_embed.proj.bias',
+    'one size less': lambda name: name == 'pos_embed_list.1',
+}
+
+
+@pytest.mark.parametrize('route', ['load_checkpoint', 'checkpoint_path', 'pretrained file', 'local-dir', 'resume'])
+@pytest.mark.parametrize('half', HALVES)
+def test_a_file_with_a_part_of_a_network_is_refused(create: Any, tmp_path: Path, half: str, route: str) -> None:
+    source, model = create(), create()
+    weights = {name: value for name, value in source.state_dict().items() if not HALVES[half](name)}
+    before = copy_weights(model)
+    with pytest.raises(RuntimeError, match=r'nothing was loaded: .* is missing'):
+        if route == 'load_checkpoint':
+            load_by(route, lambda: model, {'model': weights}, tmp_path)
+        elif route == 'resume':
+            torch.save({'state_dict': weights, 'epoch': 3}, tmp_path / 'last.pth.tar')
+            resume_checkpoint(model, str(tmp_path / 'last.pth.tar'))
+        elif route == 'local-dir':
+            save_for_hf(source, str(tmp_path), safe_serialization=True)
+            save_file(weights, tmp_path / 'model.safetensors')
+            timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3)  # timm is lenient then
+        elif route == 'pretrained file':
+            torch.save({'model': weights}, tmp_path / 'official.pth')
+            overlay = dict(file=str(tmp_path / 'official.pth'), num_classes=10)
+            create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+        else:
+            load_by(route, create, {'model': weights}, tmp_path)
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize('what', ['more blocks', 'more sizes', 'fewer sizes', 'register tokens', 'another FFN'])
+def test_a_file_of_another_network_is_refused_for_other_classes(create: Any, tmp_path: Path, what: str) -> None:
+    weights, message = make_misfit(what, create)
+    torch.save(weights, tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=10)
+    with pytest.raises(RuntimeError, match=message):
+        create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+
+
+@pytest.mark.parametrize('pools', [('token', 'avg'), ('avg', 'token'), ('avg', 'avg')])
+def test_a_file_of_another_pooling_is_a_start_for_other_classes(create: Any, tmp_path: Path, pools: Any) -> None:
+    source = create(global_pool=pools[0])
+    torch.save(source.state_dict() | {'mask_token': torch.zeros(1, 1, 48)}, tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=10)
+    model = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, global_pool=pools[1])
+    torch.testing.assert_close(model.blocks.state_dict(), source.blocks.state_dict(), **EXACT)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -469,7 +786,7 @@ def test_a_damaged_file_changes_nothing_and_is_named(create: Any, tmp_path: Path
     save_file(weights, path) if suffix == 'safetensors' else torch.save(weights, path)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     model = create()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy_weights(model)
     with pytest.raises((RuntimeError, EOFError, SafetensorError)):  # timm's own reading, with the error of its reader
         load_checkpoint(model, str(path))
     assert_same_weights(model, before)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models import clean_state_dict, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
@@ -201,7 +201,7 @@ class SuperLVViT(SuperVisionTransformer):
 
     def _embed_macs(self, num_patches: int) -> int:
         stem = self.patch_embed
-        pixels = num_patches * stem.proj.kernel_size[0] ** 2  # of the halved image
+        pixels = num_patches * _halve(stem.patch_size[0]) ** 2
         convs = sum(conv.weight.numel() for conv in (stem.conv1, stem.conv2, stem.conv3))
         return super()._embed_macs(num_patches) + pixels * convs
 
@@ -305,11 +305,6 @@ def _halve(patch_size: int) -> int:
     return patch_size // 2
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the weights of a checkpoint of timm's saver, which some of the released files may be."""
-    return clean_state_dict(state_dict.get('state_dict', state_dict))
-
-
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
     # Plain LV-ViT weights, a start for super-training; they are not SuperViT-trained.
     return supervit_cfg(**dict(dict(
@@ -325,8 +320,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_supervit_lvvit(variant: str, pretrained: bool, **kwargs: Any) -> SuperVisionTransformer:
-    return create_supervit(
-        variant, pretrained, model_cls=SuperLVViT, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return create_supervit(variant, pretrained, model_cls=SuperLVViT, **kwargs)
 
 
 @register_model

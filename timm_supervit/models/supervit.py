@@ -42,7 +42,7 @@ from ..subnets import (
 )
 from ..timm_patches import allow_recompilation
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock, select_tokens
-from .weights import adapt_state_dict, check_state_dict
+from .weights import adapt_state_dict, check_names, checkpoint_filter_fn
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
@@ -295,7 +295,7 @@ class SuperVisionTransformer(VisionTransformer):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as any module does, but all of them or, with an error, none; see ``models/weights.py``."""
         if strict:
-            check_state_dict(self, state_dict)
+            check_names(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __prepare_scriptable__(self) -> Any:  # noqa: D105, what torch.jit.script calls first
@@ -686,6 +686,7 @@ def create_supervit(
             variant,
             pretrained,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            pretrained_filter_fn=checkpoint_filter_fn,
             **kwargs,
         )
     except (EOFError, RuntimeError, SafetensorError) as error:

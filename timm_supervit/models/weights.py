@@ -1,105 +1,108 @@
 """Reading weights: SuperViT's own and the official checkpoints as they are, plain ViT and DeiT weights resampled.
 
-The check runs before anything is copied, in a ``load_state_dict`` pre-hook, which serves every route by which timm
-loads weights. So weights that do not fit leave the model as it was.
+What does not fit leaves the model as it was. Values are checked in a ``load_state_dict`` pre-hook, which every route
+passes; names where all of them must be there: with ``strict=True``, and in a file that ``create_model`` reads.
 """
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from timm.models import clean_state_dict
+from torch import Tensor, nn
 
-__all__ = ['adapt_state_dict', 'check_state_dict']
+__all__ = ['adapt_state_dict', 'check_names', 'checkpoint_filter_fn']
 
 
-def adapt_state_dict(
-        model: Any,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-) -> None:
+def adapt_state_dict(model: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
     """Make a state dict fit a SuperViT in place, or refuse it; a ``load_state_dict`` pre-hook.
 
     The one ``pos_embed`` of a plain ViT becomes the position embedding of every image size, by bicubic resampling of
-    its grid.
+    its grid. Missing and unknown names are left to torch, which does not tell its hooks whether it loads strictly.
 
     Raises:
-        RuntimeError: If a shape differs or a part of the structure is missing or unknown. Nothing is loaded then.
+        RuntimeError: If a shape differs or a tensor cannot be copied. Nothing is loaded then.
     """
     _spread_pos_embed(model, state_dict, prefix)
-    _check_fit(model, state_dict, prefix, strict=False)  # torch tells its hooks True whatever the caller said
+    plain = {id(tensor) for module in model.modules() if not _loads_its_own_way(module)
+             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+    assign = metadata.get('assign_to_params_buffers', False)
+    _refuse(model, state_dict, prefix, [
+        f'{key} {fault}'
+        for key, value in model.state_dict(prefix=prefix, keep_vars=True).items()
+        if id(value) in plain and key in state_dict and (fault := _find_fault(value, state_dict[key], assign))
+    ])
 
 
-def check_state_dict(model: Any, state_dict: Mapping[str, Any]) -> None:
-    """Check that a state dict fits a SuperViT strictly: every key is known, and none is missing.
+def check_names(model: Any, state_dict: Mapping[str, Any], pattern: str = '') -> None:
+    """Raise a RuntimeError if names that match a pattern are not those of this SuperViT, or of a plain ViT like it."""
+    expected, given = _get_names(model, model.state_dict()), _get_names(model, state_dict)
+    if 'pos_embed' in given and 'pos_embed_list.0' not in given:
+        given = given - {'pos_embed'} | {name for name in expected if name.startswith('pos_embed_list.')}
+    if not hasattr(state_dict, '_metadata'):  # torch then does without BatchNorm's counters
+        expected = {name for name in expected if name in given or not name.endswith('.num_batches_tracked')}
+    faults = [f'{name} has no place' for name in sorted(given - expected)]
+    faults += [f'{name} is missing' for name in sorted(expected - given)]
+    _refuse(model, state_dict, '', [fault for fault in faults if re.match(pattern, fault)])
 
-    Raises:
-        RuntimeError: If it does not.
-    """
-    adapted = dict(state_dict)
-    _spread_pos_embed(model, adapted, '')
-    _check_fit(model, adapted, '', strict=True)
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return the weights in a file, which timm may load leniently; a RuntimeError if more than the head is missing."""
+    state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
+    norm = '' if 'fc_norm.weight' in {*state_dict, *model.state_dict()} else r'|norm\.'  # else it goes with the head
+    check_names(model, state_dict, 'cls_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
+    return state_dict
 
 
 def _spread_pos_embed(model: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    plain = state_dict.get(f'{prefix}pos_embed')
-    if plain is None or f'{prefix}pos_embed_list.0' in state_dict:
+    key = f'{prefix}pos_embed'
+    if key not in state_dict or f'{key}_list.0' in state_dict:
         return
-    num_prefix_tokens = model.num_embed_prefix_tokens
-    num_patches = plain.shape[1] - num_prefix_tokens
-    if math.isqrt(max(num_patches, 0)) ** 2 != num_patches:
-        raise RuntimeError(
-            f'pos_embed of shape {tuple(plain.shape)} is no square grid after {num_prefix_tokens} prefix token(s); '
-            f'create the model with the reg_tokens and no_embed_class of these weights')
-    for i, grid_size in enumerate(map(model.grid_size, model.img_sizes)):
-        state_dict[f'{prefix}pos_embed_list.{i}'] = resample_abs_pos_embed(
-            plain, new_size=[grid_size, grid_size], num_prefix_tokens=num_prefix_tokens)
-    del state_dict[f'{prefix}pos_embed']
+    plain, num_prefix_tokens = state_dict.pop(key), model.num_embed_prefix_tokens
+    try:
+        num_patches = plain.shape[1] - num_prefix_tokens
+        if math.isqrt(max(num_patches, 0)) ** 2 != num_patches:
+            raise ValueError(f'{tuple(plain.shape)} is no square grid after {num_prefix_tokens} prefix token(s); '
+                             f'create the model with the reg_tokens and no_embed_class of these weights')
+        for i, grid_size in enumerate(map(model.grid_size, model.img_sizes)):
+            state_dict[f'{key}_list.{i}'] = resample_abs_pos_embed(
+                plain, new_size=[grid_size, grid_size], num_prefix_tokens=num_prefix_tokens)
+    except Exception as error:  # no tensor, another layout, ...
+        _refuse(model, state_dict, prefix, [f'{key} cannot be resampled: {error}'])
 
 
-def _check_fit(model: Any, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
-    expected = model.state_dict()
-    given = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    faults = [
-        f'{key} is {_describe_value(given[key])} and should be {tuple(value.shape)}'
-        for key, value in expected.items()
-        if key in given and not (isinstance(given[key], Tensor) and given[key].shape == value.shape)
-    ]
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    # Lenient loading may pass over a head or load a head alone, but never half of the blocks or some of the sizes.
-    half = _is_structure(unknown) or (_is_structure(missing) and _is_structure(given))
-    if strict or half:
-        faults += [f'{key} is missing' for key in missing] + [f'{key} has no place' for key in unknown]
-    if faults:
-        shown = '; '.join(faults[:4]) + (f'; and {len(faults) - 4} more' if len(faults) > 4 else '')
-        raise RuntimeError(
-            f'These weights do not fit this {type(model).__name__}, and nothing was loaded: {shown}. '
-            f'{_describe(given)} This model has {_count(expected, "blocks")} blocks of width {model.embed_dim} and '
-            f'img_sizes {model.img_sizes}; create it with the settings of the weights.')
+def _loads_its_own_way(module: nn.Module) -> bool:
+    # Quantized modules do: they keep entries of other names, shapes and types than their tensors.
+    return not type(module)._load_from_state_dict.__module__.startswith('torch.nn.modules.')
 
 
-def _is_structure(keys: Iterable[str]) -> bool:
-    return any(key.startswith(('blocks.', 'pos_embed')) for key in keys)
+def _get_names(model: Any, state_dict: Mapping[str, Any]) -> set[str]:
+    """Return the names in a state dict, with that of a module that loads its own way for all that belongs to it."""
+    modules = [name for name, module in model.named_modules() if _loads_its_own_way(module)]
+    return {next((name for name in modules if key.startswith(f'{name}.')), key) for key in state_dict}
 
 
-def _count(state_dict: dict[str, Any], name: str) -> int:
-    return len({m[1] for key in state_dict if (m := re.match(rf'{name}\.(\d+)', key))})
+def _find_fault(value: Tensor, given: Any, assign: bool) -> str | None:
+    shape = tuple(given.shape) if isinstance(given, Tensor) else f'no tensor but of type {type(given).__name__}'
+    if shape != tuple(value.shape):
+        return f'is {shape} and should be {tuple(value.shape)}'
+    try:  # on copies what torch will do
+        loaded = given if assign else value.detach().clone().copy_(given.detach())
+        loaded.detach().requires_grad_(value.requires_grad)
+    except Exception as error:  # its type depends on layout, dtype and device
+        return f'cannot be copied: {error}'
+    return None
 
 
-def _describe_value(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f'no tensor but of type {type(value).__name__}'
-
-
-def _describe(state_dict: dict[str, Any]) -> str:
-    cls_token = state_dict.get('cls_token')
-    if not isinstance(cls_token, Tensor):
-        return f'They hold {", ".join(sorted(state_dict)[:3])}, ... and no vision transformer with a class token.'
-    return (
-        f'They hold {_count(state_dict, "blocks")} blocks of width {cls_token.shape[-1]} and position embeddings '
-        f'for {_count(state_dict, "pos_embed_list")} image size(s).')
+def _refuse(model: Any, state_dict: Mapping[str, Any], prefix: str, faults: list[str]) -> None:
+    if not faults:
+        return
+    shown = '; '.join(faults[:4]) + (f'; and {len(faults) - 4} more' if len(faults) > 4 else '')
+    names = [name.removeprefix(prefix) for name in state_dict]
+    blocks = len({name.split('.')[1] for name in names if name.startswith('blocks.')})
+    raise RuntimeError(
+        f'These weights do not fit this {type(model).__name__}, and nothing was loaded: {shown}. They hold {blocks} '
+        f'blocks and {sum(name.startswith("pos_embed") for name in names)} position embedding(s); this model has '
+        f'{len(model.blocks)} blocks of width {model.embed_dim} and img_sizes {model.img_sizes}. '
+        f'Create it with the settings of the weights.')
