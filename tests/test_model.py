@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -154,6 +155,24 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             elif key != '_modules':
                 state[f'{name}.{key}'] = repr(value)
     return state
+
+
+def test_images_of_a_size_that_is_not_in_the_grid_are_one_warning(small_model: Any) -> None:
+    model, x = small_model(img_size=48, keep_rate=0.6), torch.zeros(1, 3, 40, 40)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('default')
+        for _ in range(3):
+            model(x)
+    assert len(caught) == 1
+    for part in ('40 x 40', '(32, 48, 64)', 'img_size=48, keep_rate=0.6', '--model-kwargs img_size='):
+        assert part in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model(x, img_size=32)  # who names a size knows
+        for size in model.img_sizes:
+            model(torch.zeros(1, 3, size, size))
+    with pytest.warns(UserWarning, match='every subnet resizes them'):
+        model.forward_subnets(x, model.subnets)
 
 
 @pytest.mark.parametrize('call', ['forward', 'forward_subnets', 'forward_intermediates', 'kept_patches'])

@@ -6,6 +6,7 @@ Official code: https://github.com/lmbxmu/SuperViT
 The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
 tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
 """
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -288,6 +289,15 @@ class SuperVisionTransformer(VisionTransformer):
             raise ValueError(f'{subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
         return subnet, schedule, dict(attn_mask=attn_mask, is_causal=is_causal) if masked else {}
 
+    def _warn_of_other_size(self, x: Tensor, subnets: Any) -> None:
+        # Whoever asks timm's scripts for --img-size 256 may think that this is the size that runs.
+        if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy) or x.shape[-2:] in [(s, s) for s in self.img_sizes]:
+            return
+        runs = 'every subnet resizes them' if subnets is not None else f'the active {self.subnet} resizes them'
+        warnings.warn(
+            f'images of {" x ".join(map(str, x.shape[-2:]))} pixels are of none of img_sizes {self.img_sizes}, and '
+            f'{runs}; choose another subnet with --model-kwargs img_size=, model.subnet, or in the call', stacklevel=3)
+
     def _schedule(self, subnet: Subnet) -> dict[int, int]:
         num_patches = self.grid_size(subnet.img_size) ** 2
         return keep_schedule(num_patches, subnet.keep_rate, self.drop_layers, len(self.blocks))
@@ -433,6 +443,8 @@ class SuperVisionTransformer(VisionTransformer):
         """
         if torch.compiler.is_compiling():
             _allow_recompilation()
+        elif not _is_given(img_size):
+            self._warn_of_other_size(x, subnets)
         if subnets is not None and _is_given(subnets):
             with_patches = [self._head_reads_patches] * len(subnets)
             return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets, with_patches)]
