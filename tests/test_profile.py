@@ -42,7 +42,7 @@ def test_each_round_measures_each_network_once_and_in_a_new_order(model):
     model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((kwargs['img_size'], len(args[0]))), with_kwargs=True)
 
-    def watch(steps):
+    def watch(steps, label):
         for step in steps:
             calls.clear()
             yield step

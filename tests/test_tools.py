@@ -1,4 +1,5 @@
 """Results on disk, choosing from them, and evaluation against independent counts."""
+import ast
 import csv
 import errno
 import importlib.util
@@ -13,13 +14,18 @@ import timm
 import torch
 from PIL import Image
 
+import timm_supervit
+from timm_supervit import Subnet
 from timm_supervit.tools.choose import best_subnet, merge_results, pareto_front
 from timm_supervit.tools.data import create_evaluation_loader, open_dataset
 from timm_supervit.tools.evaluate import evaluate
+from timm_supervit.tools.export import export_subnets
 from timm_supervit.tools.files import check_output_folder, fill_folder, replace_file, write_text
 from timm_supervit.tools.macs import count_macs
 from timm_supervit.tools.pictures import draw_operating_points
+from timm_supervit.tools.profile import profile
 from timm_supervit.tools.results import Results, load_results, save_results
+from timm_supervit.tools.visualize import find_kept_tokens
 
 CLASSES = 3
 
@@ -183,6 +189,50 @@ def test_results_of_evaluate_and_profile_are_joined_by_subnet(tmp_path):
     other = save_rows(tmp_path, 'other', [dict(point, macs=8)])
     with pytest.raises(ValueError, match=r'other\.json is of another network'):
         merge_results([evaluated, other])
+
+
+# What tools have in common
+
+
+def tool_files():
+    return sorted((Path(timm_supervit.__file__).parent / 'tools').glob('*.py'))
+
+
+@pytest.mark.parametrize('path', tool_files(), ids=lambda path: path.name)
+def test_tools_return_what_they_found_and_print_nothing(path):
+    tree = ast.parse(path.read_text())
+    imported = {
+        name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in [getattr(node, 'module', None) or '', *(alias.name for alias in node.names)]}
+    assert not imported & {'rich', 'click', 'tqdm', 'cli'}
+    assert not any(isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'print' for node in ast.walk(tree))
+
+
+def test_every_tool_counts_macs_with_torchs_flop_counter(tmp_path, monkeypatch):
+    model, subnet = make_model(), Subnet(16, 0.7)
+    expected = count_macs(model, **subnet._asdict())
+    monkeypatch.setattr(type(model), 'macs', lambda self, subnet: subnet.img_size)
+    loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)], model, num_workers=0)
+    counted = [
+        evaluate(model, loader, [subnet]).rows[0]['macs'],
+        profile(model, [subnet], rounds=2).rows[0]['macs'],
+        find_kept_tokens(model, torch.zeros(3, 24, 24), [subnet])[0].macs,
+        export_subnets(model, [subnet], tmp_path, 'pt2')['files'][0]['macs'],
+    ]
+    assert counted == [expected] * 4
+
+
+def test_progress_is_told_what_is_done_and_how_many_steps_there_are():
+    model, told = make_model(), []
+
+    def follow(steps, label):
+        told.append((label, len(steps)))
+        return steps
+
+    loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)] * 5, model, batch_size=2, num_workers=0)
+    evaluate(model, loader, progress=follow)
+    profile(model, model.subnets[:2], rounds=3, progress=follow)
+    assert told == [('Evaluating', 3), ('Preparing', 2), ('Measuring', 3)]
 
 
 # Evaluation

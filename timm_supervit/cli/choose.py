@@ -45,7 +45,7 @@ def command(
     """
     from ..tools.choose import best_subnet, merge_results, pareto_front
     from ..tools.results import Results, load_results, save_results
-    from ..tools.tables import list_table, print_table
+    from .tables import list_table, print_table
 
     rows = merge_results(results, where)
     cost = 'latency_ms' if latency_ms else 'throughput' if throughput else 'macs'

@@ -51,8 +51,10 @@ def command(
     from ..tools.evaluate import evaluate
     from ..tools.files import check_output_folder
     from ..tools.pictures import draw_operating_points
+    from ..tools.progress import silent
     from ..tools.results import save_results
-    from ..tools.tables import print_grids
+    from .progress import track
+    from .tables import print_grids
 
     if output:
         check_output_folder(output)
@@ -71,7 +73,7 @@ def command(
             name=model_options['model'],
             amp_dtype=getattr(torch, amp_dtype) if amp else None,
             skip_bad_images=skip_bad_images,
-            progress=is_primary(setup),
+            progress=track if is_primary(setup) else silent,
         )
     finally:
         if setup.distributed:

@@ -73,8 +73,8 @@ def command(
     from ..tools.pictures import draw_operating_points
     from ..tools.profile import profile
     from ..tools.results import save_results
-    from ..tools.tables import list_table, print_table
     from .progress import track
+    from .tables import list_table, print_table
 
     if output:
         check_output_folder(output)

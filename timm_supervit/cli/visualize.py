@@ -37,8 +37,8 @@ def command(
     """
     from ..tools.files import check_output_folder
     from ..tools.results import Results, save_results
-    from ..tools.tables import list_table, print_table
     from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image
+    from .tables import list_table, print_table
 
     check_output_folder(output)
     network = create_model(model, **settings).to(resolve_device(device))

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import track
 from timm.task import evaluation_sample_limit
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .data import ReadableImages
 from .macs import count_macs
+from .progress import Progress, silent
 from .results import Results
 
 __all__ = ['evaluate']
@@ -27,7 +26,7 @@ def evaluate(
         name: str = '',
         amp_dtype: torch.dtype | None = None,
         skip_bad_images: bool = False,
-        progress: bool = False,
+        progress: Progress = silent,
 ) -> Results:
     """Count what each subnet gets right in one pass over the data, all subnets on each batch.
 
@@ -42,7 +41,7 @@ def evaluate(
         name: Name of the model for the results.
         amp_dtype: Run in mixed precision with this dtype.
         skip_bad_images: Pass over unreadable images and name them in ``info['skipped']``.
-        progress: Show a progress bar on stderr.
+        progress: Follows the batches, such as ``tqdm.tqdm``.
 
     Returns:
         One row for each subnet, with ``macs``, ``top1``, ``top5``, ``correct1``, ``correct5`` and ``count``.
@@ -62,9 +61,8 @@ def evaluate(
 
     was_training = model.training
     model.eval()
-    batches = track(loader, 'Evaluating', console=Console(stderr=True), disable=not progress, transient=True)
     try:
-        for images, target in batches:
+        for images, target in progress(loader, 'Evaluating'):
             target = target if limit is None else target[:max(0, limit - seen)]
             bad = _bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
             with torch.inference_mode(), autocast:

@@ -9,7 +9,7 @@ import json
 import platform
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from ..subnets import Subnet
 from .export import load_program, write_program
 from .fixed_subnet import FixedSubnet
 from .macs import count_macs
+from .progress import Progress, silent
 from .results import Results, Row
 
 __all__ = ['PRECISIONS', 'RUNTIMES', 'peak_allocation', 'profile']
@@ -60,7 +61,7 @@ def profile(
         runtimes: Sequence[str] = ('eager',),
         device: torch.device | str = 'cpu',
         rounds: int = 30,
-        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        progress: Progress = silent,
 ) -> Results:
     """Measure subnets, and other networks of timm in the same rounds, in every combination of the settings.
 
@@ -80,7 +81,7 @@ def profile(
         runtimes: ``eager``, ``compile`` (``torch.compile``) or ``onnx`` (onnxruntime, in float32 only).
         device: Device to measure on.
         rounds: How often each candidate is measured, at least 2.
-        progress: Wraps the networks as they are prepared and then the rounds, such as ``tqdm.tqdm``.
+        progress: Follows the networks as they are prepared and then the rounds, such as ``tqdm.tqdm``.
 
     Raises:
         RuntimeError: If onnxruntime cannot run on the device, or there is no such peer.
@@ -98,7 +99,7 @@ def profile(
     networks = _networks(model, model.subnets if subnets is None else subnets, peers, device)
     candidates = []
     with tempfile.TemporaryDirectory() as folder, _compiling(len(networks) * len(settings)):
-        for i, network in enumerate(progress(networks)):
+        for i, network in enumerate(progress(networks, 'Preparing')):
             for setting in settings:
                 run = _callable(network, device, Path(folder) / f'{i}.onnx', **setting)
                 for _ in range(_WARM_UP_CALLS):
@@ -178,7 +179,7 @@ def _callable(
 def _measure(
         candidates: Sequence[_Candidate],
         rounds: int,
-        progress: Callable[[Iterable[Any]], Iterable[Any]],
+        progress: Progress,
 ) -> list[list[float]]:
     """Return the seconds that each call took, for each candidate."""
     # Timer would run on one thread, and it waits for the device before it stops the clock.
@@ -186,7 +187,7 @@ def _measure(
     times: list[list[float]] = [[] for _ in candidates]
     order = list(range(len(candidates)))
     shuffle = random.Random(0).shuffle
-    for _ in progress(range(rounds)):
+    for _ in progress(range(rounds), 'Measuring'):
         shuffle(order)
         for i in order:
             times[i] += timers[i].timeit(1).times

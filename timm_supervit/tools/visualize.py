@@ -19,6 +19,7 @@ from torch import Tensor
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet
 from .files import replace_file
+from .macs import count_macs
 from .results import quantity_of
 
 __all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image']
@@ -100,7 +101,7 @@ def find_kept_tokens(
         probability, index = model(x, **subnet._asdict()).softmax(dim=1).max(dim=1)
         pixels = resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean  # [C, H, W]
         found.append(KeptTokens(
-            title, subnet, model.macs(subnet), class_name(model, int(index)), probability.item(),
+            title, subnet, count_macs(model, **subnet._asdict()), class_name(model, int(index)), probability.item(),
             pixels.clamp(0, 1).permute(1, 2, 0).numpy(),
             {block: _to_grid(patches[0].cpu(), model.grid_sizes[model.img_sizes.index(subnet.img_size)])
              for block, patches in model.kept_patches(x, **subnet._asdict()).items()},

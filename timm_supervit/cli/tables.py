@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .results import Quantity, Results, Row, quantity_of
+from ..tools.results import Quantity, Results, Row, quantity_of
 
 __all__ = ['grid_table', 'list_table', 'print_grids', 'print_table']
 
