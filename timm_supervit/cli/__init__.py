@@ -7,6 +7,8 @@ try:
 except ImportError:
     sys.exit('supervit needs the extra "tools": pip install "timm-supervit[tools]"')
 
+from .stdout import escape_unencodable
+
 __all__ = ['main']
 
 # Each is the click command ``command`` in the file of its name. The help stands here so that listing imports nothing.
@@ -38,3 +40,4 @@ class _Commands(click.Group):
 @click.version_option(package_name='timm-supervit')
 def main() -> None:
     """Super vision transformers: one network, many costs."""
+    escape_unencodable()

@@ -4,6 +4,7 @@ import ast
 import click
 
 from . import options
+from .stdout import echo
 
 
 def _parse_where(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
@@ -53,7 +54,7 @@ def command(
     front = pareto_front(rows, cost)
     columns = ['img_size', 'keep_rate', 'top1', 'macs', 'latency_ms', 'throughput']
     shown = [key for key in columns if any(row.get(key) is not None for row in front)]
-    print_table(list_table(front, shown, title='Pareto front'))
-    click.echo(f'{best["img_size"]}:{best["keep_rate"]:g}')
     if output:
         save_results(Results(load_results(results[0]).model, front, {'best': best}), output, 'choose')
+    print_table(list_table(front, shown, title='Pareto front'))
+    echo(f'{best["img_size"]}:{best["keep_rate"]:g}')

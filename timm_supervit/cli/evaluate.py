@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from . import options
+from .stdout import echo
 
 
 @click.command(cls=options.Command)
@@ -83,14 +84,14 @@ def command(
     results.info |= {
         'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': model_options['checkpoint'],
         'device': setup.device, 'precision': amp_dtype if amp else 'float32'}
-    if results.info['partial']:
-        click.echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images.')
-    print_grids(results, ['top1', 'top5', 'macs'])
-    if results.info['skipped']:
-        click.echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
-        click.echo('\n'.join(results.info['skipped']), err=True)
     if output:
         save_results(results, output, 'evaluate')
         draw_operating_points(results.rows, f'{output}/evaluate.png', title=results.model)
+    if results.info['partial']:
+        echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images.')
+    print_grids(results, ['top1', 'top5', 'macs'])
+    if results.info['skipped']:
+        echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
+        echo('\n'.join(results.info['skipped']), err=True)
     if results.info['partial']:
         ctx.exit(options.INTERRUPTED)

@@ -1,7 +1,7 @@
 """What the subcommands share: arguments and options as in timm's scripts, and exit codes that scripts can rely on.
 
 0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted; what
-was found out until then has been printed.
+was found out until then has been printed. 141: nobody read stdout to its end; what --output names is complete.
 """
 import argparse
 import pickle

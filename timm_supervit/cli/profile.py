@@ -93,6 +93,11 @@ def command(
     by_setting: dict[str, list[dict[str, Any]]] = {}
     for row in results.rows:
         by_setting.setdefault('batch {batch_size}, {precision}, {runtime}'.format(**row), []).append(row)
+    if output:
+        save_results(results, output, 'profile')
+        for setting, rows in by_setting.items():
+            suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
+            draw_operating_points(rows, f'{output}/profile{suffix}.png', y='latency_ms', title=f'{model}, {setting}')
     columns = ['macs', 'latency_ms', 'latency_p90_ms', 'latency, IQR [ms]', 'throughput', 'memory_mib']
     compared: dict[str, dict[str, Any]] = {}
     for setting, rows in by_setting.items():
@@ -102,11 +107,6 @@ def command(
             compared.setdefault(row['network'], {'network': row['network']})[setting] = row['latency_ms']
     if len(by_setting) > 1:
         print_table(list_table(list(compared.values()), ['network', *by_setting], title='latency, median [ms]'))
-    if output:
-        save_results(results, output, 'profile')
-        for setting, rows in by_setting.items():
-            suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
-            draw_operating_points(rows, f'{output}/profile{suffix}.png', y='latency_ms', title=f'{model}, {setting}')
 
 
 def _network(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 import click
 
 from . import options
+from .stdout import echo
 
 
 @click.command(cls=options.Command)
@@ -24,4 +25,4 @@ def command(output: str, seed: int) -> None:
 
     results = quickstart(output, seed, progress=track)
     print_grids(results, ['top1', 'macs'])
-    click.echo(f'Saved to {output}.')
+    echo(f'Saved to {output}.')

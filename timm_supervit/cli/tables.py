@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..tools.results import Quantity, Results, Row, quantity_of
+from .stdout import echo
 
 __all__ = ['grid_table', 'list_table', 'print_grids', 'print_table']
 
@@ -49,7 +50,9 @@ def print_table(*tables: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(Columns(tables, padding=(0, 4)) if len(tables) > 1 else tables[0])
+    with console.capture() as captured:  # rich itself would end the process where stdout is closed
+        console.print(Columns(tables, padding=(0, 4)) if len(tables) > 1 else tables[0])
+    echo(captured.get(), nl=False)
 
 
 def print_grids(results: Results, keys: Sequence[str]) -> None:

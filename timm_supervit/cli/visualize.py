@@ -51,6 +51,6 @@ def command(
         for tokens in found
     ]
     columns = ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']
-    print_table(list_table(rows, columns))
     save_results(Results(model, rows), output, 'visualize')
     draw_kept_tokens(found, Path(output) / 'visualize.png')
+    print_table(list_table(rows, columns))
