@@ -15,7 +15,7 @@ from PIL import Image
 
 from timm_supervit.cli import _COMMANDS, main
 from timm_supervit.tools import export, quickstart
-from timm_supervit.tools.results import Results, save_results
+from timm_supervit.tools.results import Results, load_results, save_results
 
 
 def supervit(*arguments):
@@ -143,10 +143,15 @@ def test_an_interrupted_evaluation_prints_what_it_has_and_exits_with_130(checkpo
         'SuperVisionTransformer.forward_subnets = interrupted\n'
         f'main(["evaluate", "supervit_digits", "--checkpoint", {str(checkpoint)!r}, "--num-classes", "2", "-b", "1",\n'
         f'      "--data-dir", {str(images)!r}, "--workers", "1", "--device", "cpu", "--output", {str(tmp_path)!r}])\n')
+    (tmp_path / 'evaluate.json').write_text('complete')
     result = run_python(code)
     assert result.returncode == 130 == 128 + signal.SIGINT
-    assert 'PARTIAL: interrupted after 2 of 5 images' in result.stdout
-    assert json.loads((tmp_path / 'evaluate.json').read_text())['info']['partial']
+    path = tmp_path / 'evaluate-partial.json'
+    assert f'PARTIAL: interrupted after 2 of 5 images; saved as {path}.' in result.stdout
+    assert json.loads(path.read_text())['info']['partial']
+    assert (tmp_path / 'evaluate.json').read_text() == 'complete'
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'evaluate.json', 'evaluate-partial.json', 'evaluate-partial.csv', 'evaluate-partial.png'}
 
 
 # Results are saved before they are shown
@@ -259,3 +264,13 @@ def test_choose_prints_the_subnet_last_or_the_nearest_miss(tmp_path):
     assert 'the nearest is 12:0.5' in result.stderr
     path.write_text('{}')
     assert supervit('choose', path).exit_code == 1
+
+
+def test_choose_says_what_is_partial_and_marks_what_it_writes(tmp_path):
+    rows = [dict(img_size=12, keep_rate=0.5, macs=10, top1=80.0)]
+    path = save_results(Results('m', rows, {'partial': True}), tmp_path, 'evaluate')[0]
+    result = supervit('choose', path, '--output', tmp_path / 'chosen')
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, '12:0.5')
+    assert f'PARTIAL: {path} is of an interrupted run.' in result.stdout
+    assert {path.name for path in (tmp_path / 'chosen').iterdir()} == {'choose-partial.json', 'choose-partial.csv'}
+    assert load_results(tmp_path / 'chosen' / 'choose-partial.json').partial

@@ -111,6 +111,14 @@ def test_results_survive_json_and_csv(tmp_path):
     assert table[-1]['model'] == 'deit_tiny'
 
 
+def test_partial_results_never_take_the_place_of_complete_ones(tmp_path):
+    complete, partial = Results('m', make_rows()), Results('m', make_rows()[:1], {'partial': True})
+    for results in (complete, partial, complete, partial):
+        save_results(results, tmp_path, 'evaluate')
+    assert load_results(tmp_path / 'evaluate.json') == complete
+    assert load_results(tmp_path / 'evaluate-partial.json') == partial
+
+
 @pytest.mark.parametrize('content', ['', '[1]', '{"model": "x"}', '{"model": "x", "rows": [{"keep_rate": 1}]}', '\x00'])
 def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     path = tmp_path / 'evaluate.json'
@@ -182,13 +190,23 @@ def test_results_of_evaluate_and_profile_are_joined_by_subnet(tmp_path):
         dict(point, batch_size=8, latency_ms=9.0),
         dict(model='deit', macs=1),
     ])
-    assert merge_results([evaluated, profiled], {'batch_size': 8}) == [
+    assert merge_results([evaluated, profiled], {'batch_size': 8}).rows == [
         dict(point, top1=80.0, batch_size=8, latency_ms=9.0)]
     with pytest.raises(ValueError, match=r'subnet 12:0\.5 in several settings; choose: batch_size=1 or 8'):
         merge_results([evaluated, profiled])
     other = save_rows(tmp_path, 'other', [dict(point, macs=8)])
     with pytest.raises(ValueError, match=r'other\.json is of another network'):
         merge_results([evaluated, other])
+
+
+@pytest.mark.parametrize('interrupted', [0, 1])
+def test_what_rests_on_partial_results_is_partial_too(tmp_path, interrupted):
+    point = dict(img_size=12, keep_rate=0.5)
+    paths = [
+        save_results(Results('m', [dict(point, **row)], {'partial': i == interrupted}), tmp_path, name)[0]
+        for i, (name, row) in enumerate([('evaluate', dict(top1=80.0)), ('profile', dict(latency_ms=3.0))])]
+    assert merge_results(paths).partial
+    assert not merge_results([paths[1 - interrupted]]).partial
 
 
 # What tools have in common
@@ -344,8 +362,10 @@ def test_an_interrupted_evaluation_returns_what_was_counted(tmp_path):
     model = make_model()
     loader = create_evaluation_loader(open_dataset(str(make_images(tmp_path))), model, batch_size=4, num_workers=0)
     results = evaluate(model, InterruptedLoader(loader, after=2))
-    assert results.info['partial']
+    assert results.partial
     assert results.rows[0]['count'] == 8
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, InterruptedLoader(loader, after=0))
 
 
 DISTRIBUTED = '''

@@ -39,7 +39,8 @@ def command(
     """Evaluate all subnets of MODEL in one pass over a data set.
 
     Prints top-1 and top-5 accuracy and the multiply-accumulates of each subnet. --output writes evaluate.json,
-    evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far and exits with 130.
+    evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far, writes it as evaluate-partial and exits
+    with 130.
 
     \b
     supervit evaluate supervit_small --checkpoint model_best.pth.tar --data-dir imagenet --output results
@@ -84,14 +85,17 @@ def command(
     results.info |= {
         'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': model_options['checkpoint'],
         'device': setup.device, 'precision': amp_dtype if amp else 'float32'}
+    saved = ''
     if output:
-        save_results(results, output, 'evaluate')
-        draw_operating_points(results.rows, f'{output}/evaluate.png', title=results.model)
-    if results.info['partial']:
-        echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images.')
+        path = save_results(results, output, 'evaluate')[0]
+        saved = f'; saved as {path}'
+        draw_operating_points(
+            results.rows, path.with_suffix('.png'), title=results.model + ' (partial)' * results.partial)
+    if results.partial:
+        echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images{saved}.')
     print_grids(results, ['top1', 'top5', 'macs'])
     if results.info['skipped']:
         echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
         echo('\n'.join(results.info['skipped']), err=True)
-    if results.info['partial']:
+    if results.partial:
         ctx.exit(options.INTERRUPTED)

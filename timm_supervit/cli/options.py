@@ -12,6 +12,7 @@ import click
 from ..subnets import Subnet, check_keep_rate
 
 __all__ = [
+    'INTERRUPTED',
     'Command',
     'amp_options',
     'create_model',

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..subnets import Subnet
-from .results import Row, load_results, quantity_of, subnet_of
+from .results import Results, Row, load_results, quantity_of, subnet_of
 
 __all__ = ['best_subnet', 'merge_results', 'pareto_front']
 
@@ -18,7 +18,7 @@ class _Miss(NamedTuple):
     row: Row
 
 
-def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] | None = None) -> list[Row]:
+def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] | None = None) -> Results:
     """Join the results that ``supervit evaluate`` and ``supervit profile`` wrote, one row for each subnet.
 
     Args:
@@ -26,7 +26,8 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
         where: Take only rows with these values where they have the key, such as ``{'batch_size': 1}``.
 
     Returns:
-        The rows of subnets, cheapest first where the MACs are known.
+        The rows of subnets, cheapest first where the MACs are known. ``info`` has that of each file under ``sources``,
+        and ``partial`` is True if one of them is.
 
     Raises:
         ValueError: If the files are of different networks, or a subnet was measured in several settings and ``where``
@@ -34,9 +35,10 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
     """
     wanted = dict(where or {})
     merged: dict[Subnet, Row] = {}
-    for path in paths:
+    files = {os.fspath(path): load_results(path) for path in paths}
+    for path, results in files.items():
         own: dict[Subnet, Row] = {}
-        for row in load_results(path).rows:
+        for row in results.rows:
             subnet = subnet_of(row)
             if subnet is None or any(row.get(key, value) != value for key, value in wanted.items()):
                 continue
@@ -51,10 +53,15 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
             known.update(row)
         if not own:
             raise ValueError(f'{path} holds no subnet with {wanted}' if wanted else f'{path} holds no subnet')
-    return sorted(merged.values(), key=lambda row: row.get('macs', 0))
+    return Results(
+        next(iter(files.values())).model,
+        sorted(merged.values(), key=lambda row: row.get('macs', 0)),
+        {'partial': any(results.partial for results in files.values()),
+         'sources': {path: results.info for path, results in files.items()}},
+    )
 
 
-def _raise_several(path: str | os.PathLike, first: Row, second: Row) -> None:
+def _raise_several(path: str, first: Row, second: Row) -> None:
     measured = {'macs', 'latency_ms', 'latency_p90_ms', 'throughput', 'memory_mib', *_OUTCOMES}
     settings = [key for key in first if key not in measured and first[key] != second.get(key)]
     remedy = ' and '.join(f'{key}={first[key]} or {second.get(key)}' for key in settings) or 'remove one of them'
@@ -71,7 +78,7 @@ def best_subnet(
     """Return the row of the most accurate subnet inside a budget; where several are, the one furthest inside.
 
     Args:
-        table: Rows with ``top1`` and what the budget is about, from ``merge_results`` or ``Results.rows``.
+        table: Rows with ``top1`` and what the budget is about, from the ``Results.rows`` of ``merge_results``.
         latency_ms: Median latency of a batch, at most this many milliseconds.
         macs: Multiply-accumulates for one image, at most.
         throughput: Images per second, at least.

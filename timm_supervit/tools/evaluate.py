@@ -32,7 +32,7 @@ def evaluate(
 
     Where ``torch.distributed`` is initialized, each rank evaluates its share and all return the sum; images that timm's
     sampler repeats to make the shares equal are not counted. Interrupted by Ctrl-C, it returns what was counted so far,
-    with ``info['partial']`` True.
+    with ``info['partial']`` True, or raises ``KeyboardInterrupt`` if that is nothing.
 
     Args:
         model: A SuperViT.
@@ -82,6 +82,8 @@ def evaluate(
         dist.all_gather_object(shares, skipped)
         skipped = sorted(name for share in shares for name in share)
     total, interrupted = count.tolist()
+    if interrupted and not total:
+        raise KeyboardInterrupt
     rows = [
         {
             **subnet._asdict(),

@@ -83,6 +83,10 @@ def profile(
         rounds: How often each candidate is measured, at least 2.
         progress: Follows the networks as they are prepared and then the rounds, such as ``tqdm.tqdm``.
 
+    Returns:
+        One row for each network and setting. Interrupted by Ctrl-C after the first round, it is of the rounds that were
+        complete, and ``info['partial']`` is True.
+
     Raises:
         RuntimeError: If onnxruntime cannot run on the device, or there is no such peer.
         ValueError: If a setting is unknown, onnx is asked for in another precision, or the model has no such subnet.
@@ -106,12 +110,12 @@ def profile(
                     run()
                 candidates.append(_Candidate(network.row | setting, network, run))
         memory = [_peak_memory(candidate, device) for candidate in candidates]
-        times = _measure(candidates, rounds, progress)
+        times, partial = _measure(candidates, rounds, progress)
     rows = [
         candidate.row | _summary(seconds, candidate.row['batch_size']) | {'memory_mib': mib}
         for candidate, seconds, mib in zip(candidates, times, memory, strict=True)
     ]
-    return Results(name, rows, {'rounds': rounds, **_describe(device)})
+    return Results(name, rows, {'partial': partial, 'rounds': len(times[0]), **_describe(device)})
 
 
 def _check_setting(batch_size: int, precision: str, runtime: str) -> None:
@@ -180,18 +184,24 @@ def _measure(
         candidates: Sequence[_Candidate],
         rounds: int,
         progress: Progress,
-) -> list[list[float]]:
-    """Return the seconds that each call took, for each candidate."""
+) -> tuple[list[list[float]], bool]:
+    """Return the seconds that each call took, for each candidate, and whether an interrupt cut the rounds short."""
     # Timer would run on one thread, and it waits for the device before it stops the clock.
     timers = [Timer('run()', globals={'run': c.run}, num_threads=torch.get_num_threads()) for c in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     order = list(range(len(candidates)))
     shuffle = random.Random(0).shuffle
-    for _ in progress(range(rounds), 'Measuring'):
-        shuffle(order)
-        for i in order:
-            times[i] += timers[i].timeit(1).times
-    return times
+    try:
+        for _ in progress(range(rounds), 'Measuring'):
+            shuffle(order)
+            seconds = {i: timers[i].timeit(1).times for i in order}
+            # In one go, so that an interrupt finds whole rounds.
+            times = [known + seconds[i] for i, known in enumerate(times)]
+    except KeyboardInterrupt:
+        if not times[0]:
+            raise
+        return times, True
+    return times, False
 
 
 def _summary(seconds: Sequence[float], batch_size: int) -> Row:

@@ -116,6 +116,8 @@ def quickstart(
         results = evaluate(
             model, create_evaluation_loader(held_out, model, num_workers=0), name=f'local-dir:{Path(output)}',
             progress=progress)
+        if results.partial:
+            raise KeyboardInterrupt
         results.info |= {'seed': seed, 'epochs': epochs}
         timm.models.save_for_hf(model, str(folder), safe_serialization=True)
         save_results(results, folder, 'evaluate')

@@ -39,6 +39,11 @@ class Results:
     rows: list[Row]
     info: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def partial(self) -> bool:
+        """Whether they are of an interrupted run, or rest on one."""
+        return bool(self.info.get('partial'))
+
 
 class Quantity(NamedTuple):
     """How the values of a key are shown.
@@ -83,9 +88,12 @@ def subnet_of(row: Row) -> Subnet | None:
 def save_results(results: Results, folder: str | os.PathLike, name: str) -> list[Path]:
     """Write ``name.json`` and, for spreadsheets, the rows as ``name.csv`` to a folder; return their paths.
 
+    Partial results go to ``name-partial.json`` and ``.csv``, so that they never take the place of complete ones.
+
     Raises:
         OSError: If they cannot be written; a file of that name is then as it was.
     """
+    name += '-partial' if results.partial else ''
     paths = [Path(folder) / f'{name}.json', Path(folder) / f'{name}.csv']
     write_text(paths[0], json.dumps(asdict(results), indent=2) + '\n')
     write_text(paths[1], _to_csv(results.rows))
