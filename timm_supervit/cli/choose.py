@@ -1,5 +1,6 @@
 """``supervit choose``: the subnet for a budget, from saved results."""
 import ast
+from dataclasses import replace
 
 import click
 
@@ -46,7 +47,7 @@ def command(
     supervit choose results/evaluate.json results/profile.json --latency-ms 20 --where batch_size=1
     """
     from ..tools.choose import best_subnet, merge_results, pareto_front
-    from ..tools.results import Results, save_results
+    from ..tools.results import save_results
     from .tables import list_table, print_table
 
     merged = merge_results(results, where)
@@ -57,7 +58,7 @@ def command(
     columns = ['img_size', 'keep_rate', 'top1', 'macs', 'latency_ms', 'throughput']
     shown = [key for key in columns if any(row.get(key) is not None for row in front)]
     if output:
-        save_results(Results(merged.model, front, merged.info | {'best': best}), output, 'choose')
+        save_results(replace(merged, rows=front, info=merged.info | {'best': best}), output, 'choose')
     for path, info in merged.info['sources'].items():
         if info.get('partial'):
             echo(f'PARTIAL: {path} is of an interrupted run.')

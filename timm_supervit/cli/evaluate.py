@@ -85,6 +85,7 @@ def command(
     results.info |= {
         'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': model_options['checkpoint'],
         'device': setup.device, 'precision': amp_dtype if amp else 'float32'}
+    results.network['weights_kind'] = options.weights_kind(**model_options)
     saved = ''
     if output:
         path = save_results(results, output, 'evaluate')[0]

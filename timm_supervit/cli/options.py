@@ -21,6 +21,7 @@ __all__ = [
     'output_option',
     'resolve_device',
     'subnet_option',
+    'weights_kind',
 ]
 
 INTERRUPTED = 130
@@ -165,3 +166,8 @@ def resolve_device(device: str | None) -> str:
     import torch
 
     return device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def weights_kind(checkpoint: str | None, use_ema: bool, **settings: Any) -> str:
+    """Return which weights ``create_model`` takes: ``pretrained``, or the ``raw`` or ``averaged`` ones of a file."""
+    return 'averaged' if checkpoint and use_ema else 'raw' if checkpoint else 'pretrained'

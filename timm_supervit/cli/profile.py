@@ -77,7 +77,7 @@ def command(
     from ..tools.files import check_output_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.profile import profile
-    from ..tools.results import save_results
+    from ..tools.results import COLUMNS, save_results
     from .progress import track
     from .tables import list_table, print_table
 
@@ -109,15 +109,15 @@ def command(
                 rows, f'{path.with_suffix("")}{suffix}.png', y='latency_ms', title=f'{model}, {setting}{mark}')
     if results.partial:
         echo(f'PARTIAL: interrupted after {results.info["rounds"]} of {rounds} rounds{saved}.')
-    columns = ['macs', 'latency_ms', 'latency_p90_ms', 'latency, IQR [ms]', 'throughput', 'memory_mib']
+    columns = [key for key, column in COLUMNS.items() if column.kind == 'cost']
     compared: dict[str, dict[str, Any]] = {}
     for setting, rows in by_setting.items():
-        shown = [{**row, 'network': _network(row), 'latency, IQR [ms]': row['latency_iqr_ms']} for row in rows]
+        shown = [{**row, 'network': _network(row)} for row in rows]
         print_table(list_table(shown, ['network', *columns], title=f'{model}, {setting}'))
         for row in shown:
             compared.setdefault(row['network'], {'network': row['network']})[setting] = row['latency_ms']
     if len(by_setting) > 1:
-        print_table(list_table(list(compared.values()), ['network', *by_setting], title='latency, median [ms]'))
+        print_table(list_table(list(compared.values()), ['network', *by_setting], title=COLUMNS['latency_ms'].heading))
     if results.partial:
         ctx.exit(INTERRUPTED)
 

@@ -1,6 +1,5 @@
 """Printing operating points: one small table of image sizes x keep rates for each quantity, side by side."""
 from collections.abc import Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
@@ -8,40 +7,34 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..tools.results import Quantity, Results, Row, quantity_of
+from ..tools.results import Results, Row, column_of
 from .stdout import echo
 
 __all__ = ['grid_table', 'list_table', 'print_grids', 'print_table']
 
 
-def _text(value: Any, quantity: Quantity) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f'{value / quantity.scale:.{quantity.digits}f}'
-    return '-' if value is None else str(value)
-
-
 def grid_table(rows: Sequence[Row], key: str) -> Table:
     """Return one column of the rows as a table of image sizes (down) x keep rates (across)."""
-    quantity = quantity_of(rows, key)
+    column = column_of(rows, key)
     values = {(row['img_size'], row['keep_rate']): row.get(key) for row in rows}
     rates = sorted({rate for _, rate in values})
-    table = Table(title=escape(quantity.title), box=SIMPLE_HEAD, padding=(0, 1), title_style='bold', pad_edge=False)
+    table = Table(title=escape(column.heading), box=SIMPLE_HEAD, padding=(0, 1), title_style='bold', pad_edge=False)
     table.add_column('size', justify='right')
     for rate in rates:
         table.add_column(f'{rate:g}', justify='right')
     for size in sorted({size for size, _ in values}):
-        table.add_row(str(size), *(_text(values.get((size, rate)), quantity) for rate in rates))
+        table.add_row(str(size), *(column.text(values.get((size, rate))) for rate in rates))
     return table
 
 
 def list_table(rows: Sequence[Row], columns: Sequence[str], title: str | None = None) -> Table:
     """Return rows as they are, one line each, with these columns."""
-    quantities = [quantity_of(rows, key) for key in columns]
+    shown = [column_of(rows, key) for key in columns]
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    for quantity in quantities:
-        table.add_column(escape(quantity.title), justify='right', no_wrap=True)  # a unit in brackets is no markup
+    for column in shown:
+        table.add_column(escape(column.heading), justify='right', no_wrap=True)  # a unit in brackets is no markup
     for row in rows:
-        table.add_row(*(_text(row.get(key), quantity) for key, quantity in zip(columns, quantities, strict=True)))
+        table.add_row(*(column.text(row.get(key)) for key, column in zip(columns, shown, strict=True)))
     return table
 
 

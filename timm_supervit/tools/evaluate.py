@@ -11,6 +11,7 @@ from torch import Tensor
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .data import ReadableImages
+from .fingerprint import fingerprint
 from .macs import count_macs
 from .progress import Progress, silent
 from .results import Results
@@ -96,7 +97,7 @@ def evaluate(
         }
         for subnet, cost, (correct1, correct5) in zip(chosen, macs, correct.tolist(), strict=True)
     ]
-    return Results(name, rows, {'partial': bool(interrupted), 'skipped': skipped})
+    return Results(name, rows, {'partial': bool(interrupted), 'skipped': skipped}, fingerprint(model))
 
 
 def _count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:

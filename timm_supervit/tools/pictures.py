@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .files import replace_file
-from .results import Row, quantity_of, subnet_of
+from .results import Row, column_of, subnet_of
 
 __all__ = ['draw_operating_points']
 
@@ -38,7 +38,7 @@ def draw_operating_points(
         OSError: If the file cannot be written; one of that name is then as it was.
     """
     rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
-    across, up = quantity_of(rows, x), quantity_of(rows, y)
+    across, up = column_of(rows, x), column_of(rows, y)
     subnets = [subnet for row in rows if (subnet := subnet_of(row))]
     sizes = sorted({subnet.img_size for subnet in subnets}, reverse=True)
     rates = sorted({subnet.keep_rate for subnet in subnets})
@@ -47,7 +47,7 @@ def draw_operating_points(
 
     # Figure without pyplot: no display, no global state.
     figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.add_subplot(xlabel=across.title, ylabel=up.title)
+    axes = figure.add_subplot(xlabel=across.heading, ylabel=up.heading)
     axes.set_title(title, fontsize=13)
     axes.xaxis.label.set_fontsize(12)
     axes.yaxis.label.set_fontsize(12)

@@ -22,6 +22,7 @@ from torch.utils.benchmark import Timer
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .export import load_program, write_program
+from .fingerprint import fingerprint
 from .fixed_subnet import FixedSubnet
 from .macs import count_macs
 from .progress import Progress, silent
@@ -115,7 +116,8 @@ def profile(
         candidate.row | _summary(seconds, candidate.row['batch_size']) | {'memory_mib': mib}
         for candidate, seconds, mib in zip(candidates, times, memory, strict=True)
     ]
-    return Results(name, rows, {'partial': partial, 'rounds': len(times[0]), **_describe(device)})
+    info = {'partial': partial, 'rounds': len(times[0]), **_describe(device)}
+    return Results(name, rows, info, fingerprint(model, weights=False))
 
 
 def _check_setting(batch_size: int, precision: str, runtime: str) -> None:

@@ -20,7 +20,7 @@ from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet
 from .files import replace_file
 from .macs import count_macs
-from .results import quantity_of
+from .results import column_of
 
 __all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image']
 
@@ -144,10 +144,10 @@ def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> No
 
 
 def _caption(row: KeptTokens) -> str:
-    cost = quantity_of([{'macs': row.macs}], 'macs')
+    cost = column_of([{'macs': row.macs}], 'macs')
     return (
         f'{row.title + ", " if row.title else ""}size {row.subnet.img_size}, keep rate {row.subnet.keep_rate:g}: '
-        f'{row.prediction} ({row.probability:.0%}) at {row.macs / cost.scale:.{cost.digits}f} {cost.title.split()[0]}')
+        f'{row.prediction} ({row.probability:.0%}) at {cost.text(row.macs)} {cost.unit}MACs')
 
 
 def _mask(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
