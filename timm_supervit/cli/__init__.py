@@ -1,13 +1,15 @@
 """The command ``supervit``: one subcommand for each tool, each in a file of its own, imported when it is called."""
 import importlib
 import sys
+from typing import Any
 
 try:
     import click
 except ImportError:
     sys.exit('supervit needs the extra "tools": pip install "timm-supervit[tools]"')
 
-from .stdout import escape_unencodable
+from ..tools.text import visible
+from .stdout import LAYOUT, escape_unencodable
 
 __all__ = ['main']
 
@@ -30,6 +32,13 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return importlib.import_module(f'{__name__}.{name}').command if name in _COMMANDS else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = visible(error.message, keep=LAYOUT)  # type: ignore[misc]  # it may quote a file
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section('Commands'):

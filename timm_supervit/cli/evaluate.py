@@ -55,6 +55,7 @@ def command(
     from ..tools.pictures import draw_operating_points
     from ..tools.progress import silent
     from ..tools.results import save_results
+    from ..tools.text import visible
     from .progress import track
     from .tables import print_grids
 
@@ -97,6 +98,6 @@ def command(
     print_grids(results, ['top1', 'top5', 'macs'])
     if results.info['skipped']:
         echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
-        echo('\n'.join(results.info['skipped']), err=True)
+        echo('\n'.join(map(visible, results.info['skipped'])), err=True)
     if results.partial:
         ctx.exit(options.INTERRUPTED)

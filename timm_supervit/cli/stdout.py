@@ -9,13 +9,21 @@ import sys
 
 import click
 
-__all__ = ['echo', 'escape_unencodable']
+from ..tools.text import visible
 
+__all__ = ['LAYOUT', 'echo', 'escape_unencodable', 'write']
+
+LAYOUT = '\n\t'  # control characters that messages may hold
 CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell says of a command whose reader has gone
 
 
-def echo(text: str, nl: bool = True, err: bool = False) -> None:
-    """Print text to stdout, or to stderr.
+def echo(message: str, err: bool = False) -> None:
+    """Print a message, with escape sequences in it shown and not run; see ``write``."""
+    write(f'{visible(message, keep=LAYOUT)}\n', err)
+
+
+def write(text: str, err: bool = False) -> None:
+    """Write text to stdout, or to stderr, as it is.
 
     Raises:
         click.ClickException: If it takes no more, such as a full disk; the message says where the results are.
@@ -23,7 +31,7 @@ def echo(text: str, nl: bool = True, err: bool = False) -> None:
     """
     stream = sys.stderr if err else sys.stdout
     try:
-        click.echo(text, stream, nl)
+        click.echo(text, stream, nl=False)
     except OSError as error:
         # What is left in the buffer would fail once more when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

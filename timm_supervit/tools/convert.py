@@ -19,6 +19,7 @@ from ..models.supervit import SuperVisionTransformer
 from .files import check_output_folder
 from .fingerprint import fingerprint
 from .results import Results, column_of, difference, subnet_of
+from .text import markdown
 
 __all__ = ['CheckpointError', 'convert_checkpoint', 'model_card', 'push_folder', 'read_checkpoint']
 
@@ -147,7 +148,7 @@ def model_card(model: SuperVisionTransformer, source: str, results: Results | No
     example = model.subnets[len(model.subnets) // 2]
     sizes, rates = (', '.join(map(str, values)) for values in (model.img_sizes, model.keep_rates))
     text = f"""
-# {source.partition(':')[2].split('/')[-1]}
+# {markdown(source.partition(':')[2].split('/')[-1])}
 
 `{config['architecture']}`, a Super Vision Transformer ([arXiv 2205.11397](https://arxiv.org/abs/2205.11397)): one
 network that runs at many costs. Each call chooses an image size ({sizes} pixels) and a keep rate ({rates}), the share
@@ -160,7 +161,7 @@ of the tokens that the network goes on with in its dropping blocks. It has {mode
 ```python
 import timm
 
-model = timm.create_model('{source}', pretrained=True).eval()
+model = timm.create_model({source!r}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(image).unsqueeze(0), img_size={example.img_size}, keep_rate={example.keep_rate})
 ```
@@ -183,7 +184,7 @@ def _operating_points(results: Results, model: SuperVisionTransformer, architect
     shown = [column_of(rows, key) for key in columns]
     lines = [[column.heading for column in shown], ['---:'] * len(columns)]
     for row in rows:
-        lines.append([column.text(row.get(key)) for key, column in zip(columns, shown, strict=True)])
+        lines.append([markdown(column.text(row.get(key))) for key, column in zip(columns, shown, strict=True)])
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..subnets import Subnet, check_img_size, check_keep_rate
 from .files import write_text
+from .text import spreadsheet, visible
 
 __all__ = [
     'COLUMNS',
@@ -56,7 +57,7 @@ class Column(NamedTuple):
         """Return a value as it is shown below the heading."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return f'{value:g}' if self.digits is None else f'{value / self.scale:.{self.digits}f}'
-        return '-' if value is None else str(value)
+        return '-' if value is None else visible(str(value))
 
 
 # A key has one meaning everywhere.
@@ -88,8 +89,8 @@ COLUMNS = {
 class Results:
     """What was measured of a network, one row for each subnet (and setting).
 
-    A row is a plain dictionary that goes to JSON and CSV as it is, with keys of ``COLUMNS``. ``img_size`` and
-    ``keep_rate`` say which subnet; a row of another network than ``model`` has ``model`` instead.
+    A row is a plain dictionary that goes to JSON as it is, with keys of ``COLUMNS``. ``img_size`` and ``keep_rate``
+    say which subnet; a row of another network than ``model`` has ``model`` instead.
 
     Attributes:
         model: Name of the network, as ``timm.create_model`` takes it.
@@ -156,9 +157,14 @@ def save_results(results: Results, folder: str | os.PathLike, name: str) -> list
 def _to_csv(rows: Iterable[Row]) -> str:
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, columns, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
+    # Text in quotes, since some spreadsheets part cells at semicolons too.
+    writer = csv.writer(text, lineterminator='\n', quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(map(spreadsheet, columns))
+    for row in rows:
+        values = (row.get(key) for key in columns)
+        writer.writerow([
+            value if isinstance(value, (int, float)) else '' if value is None else spreadsheet(str(value))
+            for value in values])
     return text.getvalue()
 
 

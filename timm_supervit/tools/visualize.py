@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet
-from .files import replace_file
 from .macs import count_macs
+from .pictures import save_picture
 from .results import column_of
 
 __all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image']
@@ -139,8 +139,7 @@ def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> No
         for cell, (title, image) in zip(cells, steps.items(), strict=False):
             cell.set_title(title, fontsize=11)
             cell.imshow(image, cmap='gray', vmin=0, vmax=1)  # the colour map is for images of one channel
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=200, format='png')
+    save_picture(figure, path)
 
 
 def _caption(row: KeptTokens) -> str:
