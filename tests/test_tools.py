@@ -471,6 +471,20 @@ def test_data_that_does_not_fit_is_refused_before_any_work(tmp_path):
         evaluate(model, create_evaluation_loader(strange, model, num_workers=0))
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_logits_that_are_not_finite_are_named_and_not_counted_as_class_0(value):
+    model, images = make_model(), [(Image.new('RGB', (24, 24)), 0)] * 3
+    with torch.no_grad():
+        model.pos_embed_list[2][0, 5] = value  # one patch of 20 x 20 pixels
+    loader = create_evaluation_loader(images, model, num_workers=0)
+    assert evaluate(model, loader, [(16, 0.5), (24, 1.0)]).rows[0]['count'] == 3
+    message = r'subnet 20:1 gives logits that are not finite; check the weights'
+    with pytest.raises(RuntimeError, match=message):
+        evaluate(model, loader, [(16, 0.5), (20, 1.0), (24, 1.0)])
+    with pytest.raises(RuntimeError, match=message):
+        find_kept_tokens(model, torch.zeros(3, 24, 24), [Subnet(24, 1.0), Subnet(20, 1.0)])
+
+
 class InterruptedLoader:
     def __init__(self, loader, after):
         self.loader, self.after = loader, after

@@ -16,7 +16,7 @@ from .macs import count_macs
 from .progress import Progress, silent
 from .results import Results
 
-__all__ = ['evaluate']
+__all__ = ['check_finite', 'evaluate']
 
 
 def evaluate(
@@ -49,6 +49,7 @@ def evaluate(
 
     Raises:
         OSError: If an image cannot be read and ``skip_bad_images`` is False; the message names it.
+        RuntimeError: If a subnet's logits are not finite; the message names it.
         ValueError: If a class is none of the model's, or there is no such subnet.
     """
     chosen = model.subnets if subnets is None else [Subnet(*subnet) for subnet in subnets]
@@ -67,7 +68,9 @@ def evaluate(
             target = target if limit is None else target[:max(0, limit - seen)]
             bad = _bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
             with torch.inference_mode(), autocast:
-                hits = _count_hits(model.forward_subnets(images, chosen), target)
+                logits = [output[:len(target)] for output in model.forward_subnets(images, chosen)]
+            check_finite(logits, chosen)
+            hits = _count_hits(logits, target)
             # In one go, so that an interrupt finds a whole number of batches.
             correct, seen, skipped = correct + hits, seen + len(target), skipped + bad
     except KeyboardInterrupt:
@@ -100,11 +103,25 @@ def evaluate(
     return Results(name, rows, {'partial': bool(interrupted), 'skipped': skipped}, fingerprint(model))
 
 
+def check_finite(logits: Sequence[Tensor], subnets: Sequence[Subnet]) -> None:
+    """Check that the logits of each subnet are numbers; the largest of NaN would count as class 0.
+
+    Raises:
+        RuntimeError: If they are not; the message names the first such subnet.
+    """
+    finite = torch.stack([output.isfinite().all() for output in logits]).tolist()
+    if not all(finite):
+        img_size, keep_rate = subnets[finite.index(False)]
+        raise RuntimeError(
+            f'subnet {img_size}:{keep_rate:g} gives logits that are not finite; check the weights, and if it ran in '
+            f'float16, take bfloat16 or float32')
+
+
 def _count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Return how many targets [B] are the first, and among the first five, of each subnet's logits [B', classes]."""
+    """Return how many targets [B] are the first, and among the first five, of each subnet's logits [B, classes]."""
     counts = []
     for output in logits:
-        hits = output[:len(target)].topk(min(5, output.shape[1]), dim=1).indices == target.unsqueeze(1)
+        hits = output.topk(min(5, output.shape[1]), dim=1).indices == target.unsqueeze(1)
         counts.append(torch.stack([hits[:, 0].sum(), hits.sum()]))
     return torch.stack(counts)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet
+from .evaluate import check_finite
 from .macs import count_macs
 from .pictures import save_picture
 from .results import column_of
@@ -91,6 +92,7 @@ def find_kept_tokens(
         title: Name of the image.
 
     Raises:
+        RuntimeError: If a subnet's logits are not finite; the message names it.
         ValueError: If the model has no such subnet.
     """
     config: Any = model.pretrained_cfg
@@ -98,7 +100,9 @@ def find_kept_tokens(
     x = image.unsqueeze(0).to(next(model.parameters()).device)
     found = []
     for subnet in subnets:
-        probability, index = model(x, **subnet._asdict()).softmax(dim=1).max(dim=1)
+        logits = model(x, **subnet._asdict())
+        check_finite([logits], [subnet])
+        probability, index = logits.softmax(dim=1).max(dim=1)
         pixels = resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean  # [C, H, W]
         found.append(KeptTokens(
             title, subnet, count_macs(model, **subnet._asdict()), class_name(model, int(index)), probability.item(),
