@@ -1,9 +1,12 @@
 """The command line: light to start, one line for what went wrong, exit codes."""
 import json
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 import timm
 import torch
@@ -11,7 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from timm_supervit.cli import _COMMANDS, main
-from timm_supervit.tools.results import Results, save_results
+from timm_supervit.tools import export, quickstart
+from timm_supervit.tools.results import Results, load_results, save_results
 
 
 def supervit(*arguments):
@@ -79,7 +83,7 @@ def test_evaluate_prints_the_table_and_writes_the_files(checkpoint, images, tmp_
         '--workers', 0, '--output', tmp_path, '--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16',
         '--model-kwargs', 'keep_rates=(0.4,1.0)', 'drop_layers=(2,)', '--subnet', '16:0.4', '--subnet', '24:1')
     assert result.exit_code == 0, result.output
-    assert 'top-1' in result.stdout and 'MMACs' in result.stdout
+    assert 'top-1 [%]' in result.stdout and 'MACs per image [M]' in result.stdout
     content = json.loads((tmp_path / 'evaluate.json').read_text())
     points = [(row['img_size'], row['keep_rate'], row['count']) for row in content['rows']]
     assert points == [(16, 0.4, 5), (24, 1.0, 5)]
@@ -139,10 +143,113 @@ def test_an_interrupted_evaluation_prints_what_it_has_and_exits_with_130(checkpo
         'SuperVisionTransformer.forward_subnets = interrupted\n'
         f'main(["evaluate", "supervit_digits", "--checkpoint", {str(checkpoint)!r}, "--num-classes", "2", "-b", "1",\n'
         f'      "--data-dir", {str(images)!r}, "--workers", "1", "--device", "cpu", "--output", {str(tmp_path)!r}])\n')
+    (tmp_path / 'evaluate.json').write_text('complete')
     result = run_python(code)
     assert result.returncode == 130 == 128 + signal.SIGINT
-    assert 'PARTIAL: interrupted after 2 of 5 images' in result.stdout
-    assert json.loads((tmp_path / 'evaluate.json').read_text())['info']['partial']
+    path = tmp_path / 'evaluate-partial.json'
+    assert f'PARTIAL: interrupted after 2 of 5 images; saved as {path}.' in result.stdout
+    assert json.loads(path.read_text())['info']['partial']
+    assert (tmp_path / 'evaluate.json').read_text() == 'complete'
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'evaluate.json', 'evaluate-partial.json', 'evaluate-partial.csv', 'evaluate-partial.png'}
+
+
+# Results are saved before they are shown
+
+
+@pytest.fixture
+def saving(checkpoint, images, tmp_path):
+    """Each command that writes to --output, in its shortest form, and what it writes."""
+    model = ['supervit_digits', '--checkpoint', checkpoint, '--num-classes', 2, '--device', 'cpu']
+    tables = [f'{{name}}.{ending}' for ending in ('csv', 'json', 'png')]
+    rows = [dict(img_size=12, keep_rate=0.5, macs=10, top1=80.0)]
+    saved = save_results(Results('m', rows), tmp_path, 'saved')[0]
+    image = next(images.glob('*/*/*.png'))
+    commands = {
+        'evaluate': ([*model, '--data-dir', images, '--workers', 0, '--subnet', '12:0.5'], tables),
+        'profile': ([*model, '--subnet', '12:0.5', '--rounds', 2], tables),
+        'choose': ([saved], tables[:2]),
+        'visualize': ([*model, image, '--subnet', '12:0.5'], tables),
+        'export': ([*model, '--format', 'pt2', '--subnet', '12:0.5'],
+                   ['supervit_digits-12-0.5.pt2', 'supervit_digits-pt2.json']),
+        'convert': ([checkpoint, '--model', 'supervit_digits', '--num-classes', 2],
+                    ['README.md', 'config.json', 'model.safetensors']),
+        'quickstart': (['--seed', 3], [*tables, 'config.json', 'model.safetensors']),
+    }
+    return {
+        name: ([name, *map(str, arguments), '--output', str(tmp_path / 'new')],
+               sorted(file.format(name='evaluate' if name == 'quickstart' else name) for file in files))
+        for name, (arguments, files) in commands.items()}
+
+
+@pytest.fixture
+def run_into(monkeypatch):
+    """Run a command with a file as its stdout, which it may break; return the exit code."""
+    digits = [(Image.new('RGB', (24, 24)), 0)]
+    monkeypatch.setattr(quickstart, 'load_digits', lambda size: (digits, digits))
+    monkeypatch.setattr(quickstart, 'train', lambda *args: None)
+    monkeypatch.setattr(export, 'write_program', lambda network, images, path, format: path.touch())
+    monkeypatch.setattr(export, '_compare', lambda *args: {'1': 0.})
+
+    def run(file, arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', file)
+            with pytest.raises(SystemExit) as end:
+                main(arguments)
+        return end.value.code
+
+    return run
+
+
+@pytest.mark.parametrize('name', ['evaluate', 'profile', 'choose', 'visualize', 'export', 'convert', 'quickstart'])
+def test_results_are_complete_on_disk_where_nobody_reads_what_is_shown(saving, run_into, name, tmp_path, capsys):
+    arguments, files = saving[name]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, 'w') as pipe:
+        assert run_into(pipe, arguments) == 141 == 128 + signal.SIGPIPE
+    assert 'rror' not in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == files
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
+def test_where_stdout_is_full_the_message_says_where_the_results_are(saving, run_into, tmp_path, capsys):
+    arguments, files = saving['choose']
+    with open('/dev/full', 'w') as full:
+        assert run_into(full, arguments) == 1
+    assert capsys.readouterr().err == (
+        'Error: stdout could not be written (No space left on device); '
+        f'the results are complete in {tmp_path / "new"}\n')
+    assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == files
+
+
+def test_every_command_with_an_output_is_tested_so(saving):
+    group = click.Context(main)
+    with_output = {
+        name for name in main.list_commands(group)
+        if any(param.name == 'output' for param in main.get_command(group, name).params)}
+    assert with_output == set(saving)
+
+
+@pytest.mark.parametrize(('target', 'code', 'errors'), [
+    ('> /dev/full', 1, 'Error: stdout could not be written (No space left on device)\n'),
+    ('| true', 141, ''),
+    ('| head -1', 0, ''),
+])
+def test_what_a_shell_sees_of_a_stdout_that_takes_no_more(target, code, errors):
+    shell = f'set -o pipefail; sleep 0.2; {sys.executable} -m timm_supervit.cli recipe deit_small_in1k {target}'
+    result = subprocess.run(['bash', '-c', shell], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, errors)
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_what_a_terminal_cannot_encode_is_escaped_and_said(saving, run_into, encoding, tmp_path, capsys):
+    arguments = [*saving['convert'][0][:-1], str(tmp_path / '数')]
+    with open(tmp_path / 'terminal', 'w', encoding=encoding) as terminal:
+        assert run_into(terminal, arguments) == 0
+    assert (tmp_path / 'terminal').read_text() == f'{tmp_path}/\\u6570\n'
+    assert f'stdout is {encoding}, which lacks some characters' in capsys.readouterr().err
+    assert (tmp_path / '数' / 'model.safetensors').exists()
 
 
 def test_choose_prints_the_subnet_last_or_the_nearest_miss(tmp_path):
@@ -157,3 +264,13 @@ def test_choose_prints_the_subnet_last_or_the_nearest_miss(tmp_path):
     assert 'the nearest is 12:0.5' in result.stderr
     path.write_text('{}')
     assert supervit('choose', path).exit_code == 1
+
+
+def test_choose_says_what_is_partial_and_marks_what_it_writes(tmp_path):
+    rows = [dict(img_size=12, keep_rate=0.5, macs=10, top1=80.0)]
+    path = save_results(Results('m', rows, {'partial': True}), tmp_path, 'evaluate')[0]
+    result = supervit('choose', path, '--output', tmp_path / 'chosen')
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, '12:0.5')
+    assert f'PARTIAL: {path} is of an interrupted run.' in result.stdout
+    assert {path.name for path in (tmp_path / 'chosen').iterdir()} == {'choose-partial.json', 'choose-partial.csv'}
+    assert load_results(tmp_path / 'chosen' / 'choose-partial.json').partial

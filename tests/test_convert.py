@@ -175,7 +175,7 @@ def test_the_model_card_lists_the_operating_points(model):
     lines = [line.split() for line in card.text.splitlines() if line.startswith('|')]
     assert len(lines) == 2 + len(model.subnets)
     for line, (img_size, keep_rate), top1 in zip(lines[2:], model.subnets, range(50, 70), strict=False):
-        assert line[1:4:2] == [str(img_size), f'{keep_rate:.2f}']
+        assert line[1:4:2] == [str(img_size), f'{keep_rate:g}']
         assert line[7] == f'{top1:.2f}'
     assert card.data.library_name == 'timm'
     assert "timm.create_model('hf-hub:someone/net', pretrained=True)" in card.text

@@ -1,5 +1,6 @@
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from timm_supervit import Subnet
-from timm_supervit.cli import main
+from timm_supervit.cli import main, progress
 from timm_supervit.tools import profile as profile_file
 from timm_supervit.tools.profile import peak_allocation, profile
 from timm_supervit.tools.results import load_results
@@ -42,7 +43,7 @@ def test_each_round_measures_each_network_once_and_in_a_new_order(model):
     model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((kwargs['img_size'], len(args[0]))), with_kwargs=True)
 
-    def watch(steps):
+    def watch(steps, label):
         for step in steps:
             calls.clear()
             yield step
@@ -61,12 +62,54 @@ def test_each_round_measures_each_network_once_and_in_a_new_order(model):
 
 def test_latency_is_the_median_and_the_spread_of_the_single_calls(model, monkeypatch):
     seconds = [0.001 * i for i in (9, 1, 5, 3, 7, 2, 8, 4, 6, 11, 10)]
-    monkeypatch.setattr(profile_file, '_measure', lambda candidates, rounds, progress: [seconds] * len(candidates))
+    monkeypatch.setattr(profile_file, '_measure', lambda candidates, *args: ([seconds] * len(candidates), False))
     row = profile(model, [Subnet(12, 1.0)], batch_sizes=(3,), rounds=11).rows[0]
     assert row['latency_ms'] == pytest.approx(6)
     assert row['latency_p90_ms'] == pytest.approx(10)
     assert row['latency_iqr_ms'] == pytest.approx(5)
     assert row['throughput'] == pytest.approx(500)
+
+
+class InterruptedRounds:
+    """Progress that is interrupted when the networks are prepared and this many rounds are measured."""
+
+    def __init__(self, rounds):
+        self.rounds = rounds
+
+    def __call__(self, steps, label):
+        for i, step in enumerate(steps):
+            if label == 'Measuring' and i == self.rounds:
+                raise KeyboardInterrupt
+            yield step
+
+
+def test_an_interrupt_keeps_the_rounds_measured_so_far_and_marks_them(model):
+    subnets = model.subnets[:2]
+    results = profile(model, subnets, rounds=20, progress=InterruptedRounds(3))
+    assert (results.partial, results.info['rounds'], len(results.rows)) == (True, 3, 2)
+    assert all(0 < row['latency_ms'] <= row['latency_p90_ms'] for row in results.rows)
+    assert not profile(model, subnets, rounds=2).partial
+    with pytest.raises(KeyboardInterrupt):
+        profile(model, subnets, rounds=20, progress=InterruptedRounds(0))
+
+
+def test_an_interrupt_within_a_round_drops_that_round_whole(model, monkeypatch):
+    calls = itertools.count()
+
+    class InterruptedTimer:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def timeit(self, number):
+            call = next(calls)
+            if call == 7:
+                raise KeyboardInterrupt
+            return SimpleNamespace(times=[call / 1e3])
+
+    monkeypatch.setattr(profile_file, 'Timer', InterruptedTimer)
+    results = profile(model, model.subnets[:3], rounds=20)
+    assert results.info['rounds'] == 2
+    assert sum(row['latency_ms'] for row in results.rows) == pytest.approx((0 + 1 + 2 + 3 + 4 + 5) / 2)
 
 
 def test_peak_allocation_is_what_is_alive_at_once():
@@ -134,6 +177,20 @@ def test_the_command_writes_tables_and_one_picture_for_each_setting(tmp_path):
     assert [row['batch_size'] for row in rows] == [1, 2, 1, 2]
     assert f'{rows[0]["latency_ms"]:.2f}' in result.stdout
     assert 'test_vit' in result.stdout
+
+
+def test_an_interrupted_command_leaves_complete_results_as_they_were(tmp_path, monkeypatch):
+    (tmp_path / 'profile.json').write_text('complete')
+    monkeypatch.setattr(progress, 'track', InterruptedRounds(2))
+    result = CliRunner().invoke(main, [
+        'profile', 'supervit_digits', '--subnet', '12:0.5', '--device', 'cpu', '--output', str(tmp_path), *KWARGS])
+    assert result.exit_code == 130
+    path = tmp_path / 'profile-partial.json'
+    assert f'PARTIAL: interrupted after 2 of 30 rounds; saved as {path}.' in result.stdout
+    assert load_results(path).partial
+    assert (tmp_path / 'profile.json').read_text() == 'complete'
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'profile.json', 'profile-partial.json', 'profile-partial.csv', 'profile-partial.png'}
 
 
 @pytest.mark.parametrize(('arguments', 'exit_code', 'message'), [

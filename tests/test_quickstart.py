@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 
+from timm_supervit.tools import quickstart as quickstart_file
 from timm_supervit.tools.quickstart import load_digits, quickstart
 from timm_supervit.tools.results import load_results
 
@@ -76,6 +77,19 @@ def test_an_interrupt_leaves_nothing_half_written(run, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.decode().splitlines()[-1]) == (130, 'Interrupted.')
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('evaluate.json', 'old')]
+
+
+def test_an_interrupted_evaluation_is_saved_as_nothing_complete(tmp_path, monkeypatch):
+    def interrupted(steps, label):
+        for i, step in enumerate(steps):
+            if label == 'Evaluating' and i == 1:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(quickstart_file, 'train', lambda *args: None)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart(tmp_path, epochs=1, progress=interrupted)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_results_say_how_to_get_them_again(run):

@@ -1,4 +1,5 @@
 """Results on disk, choosing from them, and evaluation against independent counts."""
+import ast
 import csv
 import errno
 import importlib.util
@@ -13,13 +14,20 @@ import timm
 import torch
 from PIL import Image
 
+import timm_supervit
+from timm_supervit import Subnet
 from timm_supervit.tools.choose import best_subnet, merge_results, pareto_front
+from timm_supervit.tools.convert import convert_checkpoint
 from timm_supervit.tools.data import create_evaluation_loader, open_dataset
 from timm_supervit.tools.evaluate import evaluate
+from timm_supervit.tools.export import export_subnets
 from timm_supervit.tools.files import check_output_folder, fill_folder, replace_file, write_text
+from timm_supervit.tools.fingerprint import fingerprint
 from timm_supervit.tools.macs import count_macs
 from timm_supervit.tools.pictures import draw_operating_points
-from timm_supervit.tools.results import Results, load_results, save_results
+from timm_supervit.tools.profile import profile
+from timm_supervit.tools.results import COLUMNS, Results, load_results, save_results
+from timm_supervit.tools.visualize import find_kept_tokens
 
 CLASSES = 3
 
@@ -105,11 +113,42 @@ def test_results_survive_json_and_csv(tmp_path):
     assert table[-1]['model'] == 'deit_tiny'
 
 
-@pytest.mark.parametrize('content', ['', '[1]', '{"model": "x"}', '{"model": "x", "rows": [{"keep_rate": 1}]}', '\x00'])
+def test_partial_results_never_take_the_place_of_complete_ones(tmp_path):
+    complete, partial = Results('m', make_rows()), Results('m', make_rows()[:1], {'partial': True})
+    for results in (complete, partial, complete, partial):
+        save_results(results, tmp_path, 'evaluate')
+    assert load_results(tmp_path / 'evaluate.json') == complete
+    assert load_results(tmp_path / 'evaluate-partial.json') == partial
+
+
+@pytest.mark.parametrize('content', [
+    '', '[1]', '{"model": "x"}', '{"model": null, "rows": []}', '{"model": "x", "rows": {}}', '\x00', '[' * 100_000,
+    '{"model": "x", "rows": [], "info": 3}', '{"model": "x", "rows": [], "network": []}', '1' * 5000,
+    '{"model": "x", "rows": [], "more": 1}', '{"model": "x", "rows": [null]}'])
 def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     path = tmp_path / 'evaluate.json'
     path.write_text(content)
-    with pytest.raises(ValueError, match='holds no table of operating points'):
+    with pytest.raises(ValueError, match=r'evaluate\.json holds no table of operating points'):
+        load_results(path)
+
+
+@pytest.mark.parametrize(('row', 'message'), [
+    ('{"keep_rate": 1}', 'img_size None'),
+    ('{"img_size": "12", "keep_rate": 1}', "img_size '12'"),
+    ('{"img_size": 12, "keep_rate": "all"}', "keep_rate 'all'"),
+    ('{"img_size": 12, "keep_rate": NaN}', 'keep_rate nan'),
+    ('{"img_size": 12}', 'row 0 names neither a subnet nor a model'),
+    ('{"img_size": 12, "keep_rate": 1, "top1": NaN}', 'row 0: top1 is nan'),
+    ('{"img_size": 12, "keep_rate": 1, "macs": 1e999}', 'row 0: macs is inf'),
+    ('{"img_size": 12, "keep_rate": 1, "macs": "many"}', "row 0: macs is 'many'"),
+    ('{"img_size": 12, "keep_rate": 1, "latency_ms": -1}', 'row 0: latency_ms is -1'),
+    ('{"img_size": 12, "keep_rate": 1, "count": [1]}', r'row 0: count is \[1\]'),
+    ('{"model": "x", "throughput": true}', 'row 0: throughput is True'),
+])
+def test_a_row_with_a_value_that_cannot_be_is_named(tmp_path, row, message):
+    path = tmp_path / 'evaluate.json'
+    path.write_text(f'{{"model": "x", "rows": [{row}]}}')
+    with pytest.raises(ValueError, match=rf'evaluate\.json holds no table of operating points \(.*{message}'):
         load_results(path)
 
 
@@ -139,9 +178,11 @@ def test_of_equally_accurate_subnets_the_cheapest_is_chosen():
 
 
 def test_the_nearest_miss_is_named_when_nothing_fits():
-    with pytest.raises(ValueError, match=r'no subnet has at most 5\.00 lat.*nearest is 12:0\.5 with 10\.00 latency'):
+    message = r'no subnet has latency, median at most 5\.00 ms; the nearest is 12:0\.5 with latency, median 10\.00 ms'
+    with pytest.raises(ValueError, match=message):
         best_subnet(make_rows(), latency_ms=5)
-    with pytest.raises(ValueError, match=r'nearest is 12:0\.5 with 100\.0 throughput'):
+    message = r'throughput at least 101\.0.*nearest is 12:0\.5 with throughput 100\.0 images/s'
+    with pytest.raises(ValueError, match=message):
         best_subnet(make_rows(), throughput=101)
 
 
@@ -176,13 +217,168 @@ def test_results_of_evaluate_and_profile_are_joined_by_subnet(tmp_path):
         dict(point, batch_size=8, latency_ms=9.0),
         dict(model='deit', macs=1),
     ])
-    assert merge_results([evaluated, profiled], {'batch_size': 8}) == [
+    assert merge_results([evaluated, profiled], {'batch_size': 8}).rows == [
         dict(point, top1=80.0, batch_size=8, latency_ms=9.0)]
-    with pytest.raises(ValueError, match=r'subnet 12:0\.5 in several settings; choose: batch_size=1 or 8'):
+    with pytest.raises(ValueError, match=r'subnet 12:0\.5 in several settings; choose: batch_size=1 or 8$'):
         merge_results([evaluated, profiled])
-    other = save_rows(tmp_path, 'other', [dict(point, macs=8)])
-    with pytest.raises(ValueError, match=r'other\.json is of another network'):
-        merge_results([evaluated, other])
+    with pytest.raises(ValueError, match=r'batchsize is no setting of results; use img_size, keep_rate, batch_size, '):
+        merge_results([profiled], {'batchsize': 8})
+
+
+@pytest.mark.parametrize(('first', 'second', 'message'), [
+    (dict(top1=80.0), dict(top1=81.0), 'measured twice, top1 80.0 and 81.0; give one of the two'),
+    (dict(macs=7), dict(macs=8), 'macs 7 and 8'),
+    (dict(runtime='eager', latency_ms=1., latency_iqr_ms=.1), dict(runtime='onnx', latency_ms=2., latency_iqr_ms=.3),
+     'in several settings; choose: runtime=eager or onnx$'),
+])
+def test_nothing_measured_replaces_another_measurement(tmp_path, first, second, message):
+    point = dict(img_size=12, keep_rate=0.5)
+    paths = [save_rows(tmp_path, name, [point | row]) for name, row in [('first', first), ('second', second)]]
+    with pytest.raises(ValueError, match=rf'first\.json and .*second\.json: subnet 12:0\.5.*{message}'):
+        merge_results(paths)
+    both = save_rows(tmp_path, 'both', [point | first, point | second])
+    with pytest.raises(ValueError, match=rf'both\.json: subnet 12:0\.5.*{message}'):
+        merge_results([both])
+    assert merge_results([paths[0], save_rows(tmp_path, 'same', [point | first])]).rows == [point | first]
+
+
+def small_digits(**settings):
+    torch.manual_seed(0)
+    return timm.create_model('supervit_digits', **dict(embed_dim=48, depth=2, drop_layers=(1,)) | settings).eval()
+
+
+def measure(model, folder, name):
+    """Evaluate, or profile, one subnet and save it."""
+    if name.startswith('profile'):
+        results = profile(model, [Subnet(12, 0.5)], 'supervit_digits', rounds=2)
+    else:
+        loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)], model, num_workers=0)
+        results = evaluate(model, loader, [Subnet(12, 0.5)], name='supervit_digits')
+    return save_results(results, folder, name)[0]
+
+
+def test_costs_and_accuracy_of_one_network_are_joined_whatever_its_weights_cost(tmp_path):
+    trained = small_digits(drop_path_rate=0.1, keep_rates=(0.5,), train_subnets='all')  # acts in training alone
+    torch.nn.init.normal_(trained.head.weight)
+    row, = merge_results([measure(trained, tmp_path, 'evaluate'), measure(small_digits(), tmp_path, 'profile')]).rows
+    assert {'top1', 'latency_ms'} <= row.keys()
+
+
+@pytest.mark.parametrize('setting', [
+    dict(drop_layers=(0,)), dict(img_sizes=(12, 24)), dict(depth=3), dict(embed_dim=96), dict(num_heads=4),
+    dict(num_classes=5), dict(patch_size=2), dict(mlp_ratio=3.0), dict(qkv_bias=False), dict(act_layer='relu'),
+    dict(norm_layer=torch.nn.RMSNorm), dict(reg_tokens=1), dict(init_values=0.1), dict(global_pool='avg'),
+])
+def test_results_of_networks_with_another_setting_are_not_joined(tmp_path, setting):
+    named = next(iter(setting)) if fingerprint(small_digits()).keys() & setting else 'modules'
+    paths = [measure(small_digits(), tmp_path, 'evaluate'), measure(small_digits(**setting), tmp_path, 'profile')]
+    with pytest.raises(ValueError, match=rf'evaluate\.json and .*profile\.json are of different networks: {named} '):
+        merge_results(paths)
+
+
+def test_accuracies_of_other_weights_are_not_joined(tmp_path):
+    model = small_digits()
+    first = measure(model, tmp_path, 'first')
+    with torch.no_grad():
+        model.head.bias[3] += 1e-3
+    second = measure(model, tmp_path, 'second')
+    message = r'different networks: weights [0-9a-f]{12} \(raw\) and [0-9a-f]{12} \(averaged\); give results of one'
+    content = json.loads(second.read_text())
+    content['network']['weights_kind'] = 'averaged'
+    second.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        merge_results([first, measure(model, tmp_path, 'profile'), second])
+
+
+def test_a_model_card_takes_only_results_of_its_own_weights(tmp_path):
+    model = small_digits()
+    results = load_results(measure(model, tmp_path, 'evaluate'))
+    for name, change in [('same', 0.), ('other', 1e-3)]:
+        with torch.no_grad():
+            model.head.bias[3] += change
+        torch.save(model.state_dict(), tmp_path / f'{name}.pth')
+    convert_checkpoint(tmp_path / 'same.pth', small_digits(), tmp_path / 'same', results)
+    assert 'top-1 [%]' in (tmp_path / 'same' / 'README.md').read_text()
+    with pytest.raises(ValueError, match=r'results are of another network than .*other\.pth: weights'):
+        convert_checkpoint(tmp_path / 'other.pth', small_digits(), tmp_path / 'other', results)
+    assert not (tmp_path / 'other').exists()
+
+
+def test_a_network_stays_the_same_when_it_is_saved_and_loaded(tmp_path):
+    model = small_digits()
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert fingerprint(timm.create_model(f'local-dir:{tmp_path}', pretrained=True)) == fingerprint(model)
+
+
+def test_results_that_name_no_network_are_not_joined_with_some_that_do(tmp_path):
+    unknown = save_rows(tmp_path, 'unknown', [dict(img_size=12, keep_rate=0.5, top1=80.0)])
+    with pytest.raises(ValueError, match='one of them does not say what its network is'):
+        merge_results([unknown, measure(small_digits(), tmp_path, 'profile')])
+    other = save_results(Results('other', load_results(unknown).rows), tmp_path, 'other')[0]
+    with pytest.raises(ValueError, match='different networks: model m and other'):
+        merge_results([unknown, other])
+
+
+def test_every_key_of_results_has_a_title_and_is_a_setting_a_cost_or_an_outcome(tmp_path):
+    model = small_digits()
+    rows = [*load_results(measure(model, tmp_path, 'profile')).rows, *load_results(measure(model, tmp_path, 'a')).rows]
+    for key in {key for row in rows for key in row}:
+        assert COLUMNS[key].kind in ('setting', 'cost', 'outcome')
+        assert COLUMNS[key].title
+
+
+@pytest.mark.parametrize('interrupted', [0, 1])
+def test_what_rests_on_partial_results_is_partial_too(tmp_path, interrupted):
+    point = dict(img_size=12, keep_rate=0.5)
+    paths = [
+        save_results(Results('m', [dict(point, **row)], {'partial': i == interrupted}), tmp_path, name)[0]
+        for i, (name, row) in enumerate([('evaluate', dict(top1=80.0)), ('profile', dict(latency_ms=3.0))])]
+    assert merge_results(paths).partial
+    assert not merge_results([paths[1 - interrupted]]).partial
+
+
+# What tools have in common
+
+
+def tool_files():
+    return sorted((Path(timm_supervit.__file__).parent / 'tools').glob('*.py'))
+
+
+@pytest.mark.parametrize('path', tool_files(), ids=lambda path: path.name)
+def test_tools_return_what_they_found_and_print_nothing(path):
+    tree = ast.parse(path.read_text())
+    imported = {
+        name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in [getattr(node, 'module', None) or '', *(alias.name for alias in node.names)]}
+    assert not imported & {'rich', 'click', 'tqdm', 'cli'}
+    assert not any(isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'print' for node in ast.walk(tree))
+
+
+def test_every_tool_counts_macs_with_torchs_flop_counter(tmp_path, monkeypatch):
+    model, subnet = make_model(), Subnet(16, 0.7)
+    expected = count_macs(model, **subnet._asdict())
+    monkeypatch.setattr(type(model), 'macs', lambda self, subnet: subnet.img_size)
+    loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)], model, num_workers=0)
+    counted = [
+        evaluate(model, loader, [subnet]).rows[0]['macs'],
+        profile(model, [subnet], rounds=2).rows[0]['macs'],
+        find_kept_tokens(model, torch.zeros(3, 24, 24), [subnet])[0].macs,
+        export_subnets(model, [subnet], tmp_path, 'pt2')['files'][0]['macs'],
+    ]
+    assert counted == [expected] * 4
+
+
+def test_progress_is_told_what_is_done_and_how_many_steps_there_are():
+    model, told = make_model(), []
+
+    def follow(steps, label):
+        told.append((label, len(steps)))
+        return steps
+
+    loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)] * 5, model, batch_size=2, num_workers=0)
+    evaluate(model, loader, progress=follow)
+    profile(model, model.subnets[:2], rounds=3, progress=follow)
+    assert told == [('Evaluating', 3), ('Preparing', 2), ('Measuring', 3)]
 
 
 # Evaluation
@@ -275,6 +471,20 @@ def test_data_that_does_not_fit_is_refused_before_any_work(tmp_path):
         evaluate(model, create_evaluation_loader(strange, model, num_workers=0))
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_logits_that_are_not_finite_are_named_and_not_counted_as_class_0(value):
+    model, images = make_model(), [(Image.new('RGB', (24, 24)), 0)] * 3
+    with torch.no_grad():
+        model.pos_embed_list[2][0, 5] = value  # one patch of 20 x 20 pixels
+    loader = create_evaluation_loader(images, model, num_workers=0)
+    assert evaluate(model, loader, [(16, 0.5), (24, 1.0)]).rows[0]['count'] == 3
+    message = r'subnet 20:1 gives logits that are not finite; check the weights'
+    with pytest.raises(RuntimeError, match=message):
+        evaluate(model, loader, [(16, 0.5), (20, 1.0), (24, 1.0)])
+    with pytest.raises(RuntimeError, match=message):
+        find_kept_tokens(model, torch.zeros(3, 24, 24), [Subnet(24, 1.0), Subnet(20, 1.0)])
+
+
 class InterruptedLoader:
     def __init__(self, loader, after):
         self.loader, self.after = loader, after
@@ -294,8 +504,10 @@ def test_an_interrupted_evaluation_returns_what_was_counted(tmp_path):
     model = make_model()
     loader = create_evaluation_loader(open_dataset(str(make_images(tmp_path))), model, batch_size=4, num_workers=0)
     results = evaluate(model, InterruptedLoader(loader, after=2))
-    assert results.info['partial']
+    assert results.partial
     assert results.rows[0]['count'] == 8
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, InterruptedLoader(loader, after=0))
 
 
 DISTRIBUTED = '''

@@ -1,11 +1,15 @@
 """The command ``supervit``: one subcommand for each tool, each in a file of its own, imported when it is called."""
 import importlib
 import sys
+from typing import Any
 
 try:
     import click
 except ImportError:
     sys.exit('supervit needs the extra "tools": pip install "timm-supervit[tools]"')
+
+from ..tools.text import visible
+from .stdout import LAYOUT, escape_unencodable
 
 __all__ = ['main']
 
@@ -29,6 +33,13 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return importlib.import_module(f'{__name__}.{name}').command if name in _COMMANDS else None
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = visible(error.message, keep=LAYOUT)  # type: ignore[misc]  # it may quote a file
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section('Commands'):
             formatter.write_dl(list(_COMMANDS.items()))
@@ -38,3 +49,4 @@ class _Commands(click.Group):
 @click.version_option(package_name='timm-supervit')
 def main() -> None:
     """Super vision transformers: one network, many costs."""
+    escape_unencodable()

@@ -1,9 +1,11 @@
 """``supervit choose``: the subnet for a budget, from saved results."""
 import ast
+from dataclasses import replace
 
 import click
 
 from . import options
+from .stdout import echo
 
 
 def _parse_where(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
@@ -38,22 +40,27 @@ def command(
 ) -> None:
     """Choose the most accurate subnet inside a budget, from the JSON files of evaluate and profile.
 
-    Prints the Pareto front, and last the subnet as SIZE:RATE. --output writes the front as choose.json and choose.csv.
+    Prints the Pareto front, and last the subnet as SIZE:RATE. --output writes the front as choose.json and choose.csv,
+    or choose-partial where a file is of an interrupted run, which is said too.
 
     \b
     supervit choose results/evaluate.json results/profile.json --latency-ms 20 --where batch_size=1
     """
     from ..tools.choose import best_subnet, merge_results, pareto_front
-    from ..tools.results import Results, load_results, save_results
-    from ..tools.tables import list_table, print_table
+    from ..tools.results import save_results
+    from .tables import list_table, print_table
 
-    rows = merge_results(results, where)
+    merged = merge_results(results, where)
+    rows = merged.rows
     cost = 'latency_ms' if latency_ms else 'throughput' if throughput else 'macs'
     best = best_subnet(rows, latency_ms, macs, throughput)
     front = pareto_front(rows, cost)
     columns = ['img_size', 'keep_rate', 'top1', 'macs', 'latency_ms', 'throughput']
     shown = [key for key in columns if any(row.get(key) is not None for row in front)]
-    print_table(list_table(front, shown, title='Pareto front'))
-    click.echo(f'{best["img_size"]}:{best["keep_rate"]:g}')
     if output:
-        save_results(Results(load_results(results[0]).model, front, {'best': best}), output, 'choose')
+        save_results(replace(merged, rows=front, info=merged.info | {'best': best}), output, 'choose')
+    for path, info in merged.info['sources'].items():
+        if info.get('partial'):
+            echo(f'PARTIAL: {path} is of an interrupted run.')
+    print_table(list_table(front, shown, title='Pareto front'))
+    echo(f'{best["img_size"]}:{best["keep_rate"]:g}')

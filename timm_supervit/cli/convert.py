@@ -4,6 +4,7 @@ from typing import Any
 import click
 
 from .options import Command, create_model
+from .stdout import echo
 
 __all__ = ['command']
 
@@ -51,6 +52,6 @@ def command(
         use_ema=use_ema,
         repo_id=push,
     )
-    click.echo(output)
+    echo(output)
     if push:
-        click.echo(push_folder(output, push))
+        echo(push_folder(output, push))

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from . import options
+from .stdout import echo
 
 
 @click.command(cls=options.Command)
@@ -38,7 +39,8 @@ def command(
     """Evaluate all subnets of MODEL in one pass over a data set.
 
     Prints top-1 and top-5 accuracy and the multiply-accumulates of each subnet. --output writes evaluate.json,
-    evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far and exits with 130.
+    evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far, writes it as evaluate-partial and exits
+    with 130.
 
     \b
     supervit evaluate supervit_small --checkpoint model_best.pth.tar --data-dir imagenet --output results
@@ -51,8 +53,11 @@ def command(
     from ..tools.evaluate import evaluate
     from ..tools.files import check_output_folder
     from ..tools.pictures import draw_operating_points
+    from ..tools.progress import silent
     from ..tools.results import save_results
-    from ..tools.tables import print_grids
+    from ..tools.text import visible
+    from .progress import track
+    from .tables import print_grids
 
     if output:
         check_output_folder(output)
@@ -71,7 +76,7 @@ def command(
             name=model_options['model'],
             amp_dtype=getattr(torch, amp_dtype) if amp else None,
             skip_bad_images=skip_bad_images,
-            progress=is_primary(setup),
+            progress=track if is_primary(setup) else silent,
         )
     finally:
         if setup.distributed:
@@ -81,14 +86,18 @@ def command(
     results.info |= {
         'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': model_options['checkpoint'],
         'device': setup.device, 'precision': amp_dtype if amp else 'float32'}
-    if results.info['partial']:
-        click.echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images.')
+    results.network['weights_kind'] = options.weights_kind(**model_options)
+    saved = ''
+    if output:
+        path = save_results(results, output, 'evaluate')[0]
+        saved = f'; saved as {path}'
+        draw_operating_points(
+            results.rows, path.with_suffix('.png'), title=results.model + ' (partial)' * results.partial)
+    if results.partial:
+        echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images{saved}.')
     print_grids(results, ['top1', 'top5', 'macs'])
     if results.info['skipped']:
-        click.echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
-        click.echo('\n'.join(results.info['skipped']), err=True)
-    if output:
-        save_results(results, output, 'evaluate')
-        draw_operating_points(results.rows, f'{output}/evaluate.png', title=results.model)
-    if results.info['partial']:
+        echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
+        echo('\n'.join(map(visible, results.info['skipped'])), err=True)
+    if results.partial:
         ctx.exit(options.INTERRUPTED)

@@ -40,8 +40,8 @@ def command(
         raise click.UsageError('--subnet and --all exclude each other; leave one out.')
 
     from ..tools.export import export_subnets
-    from ..tools.tables import list_table, print_table
     from .progress import track
+    from .tables import list_table, print_table
 
     network = create_model(model, **settings).to(resolve_device(device))
     manifest = export_subnets(network, subnets or network.subnets, output, format, track)

@@ -1,7 +1,7 @@
 """What the subcommands share: arguments and options as in timm's scripts, and exit codes that scripts can rely on.
 
 0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted; what
-was found out until then has been printed.
+was found out until then has been printed. 141: nobody read stdout to its end; what --output names is complete.
 """
 import argparse
 import pickle
@@ -12,6 +12,7 @@ import click
 from ..subnets import Subnet, check_keep_rate
 
 __all__ = [
+    'INTERRUPTED',
     'Command',
     'amp_options',
     'create_model',
@@ -20,6 +21,7 @@ __all__ = [
     'output_option',
     'resolve_device',
     'subnet_option',
+    'weights_kind',
 ]
 
 INTERRUPTED = 130
@@ -164,3 +166,8 @@ def resolve_device(device: str | None) -> str:
     import torch
 
     return device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def weights_kind(checkpoint: str | None, use_ema: bool, **settings: Any) -> str:
+    """Return which weights ``create_model`` takes: ``pretrained``, or the ``raw`` or ``averaged`` ones of a file."""
+    return 'averaged' if checkpoint and use_ema else 'raw' if checkpoint else 'pretrained'

@@ -5,6 +5,7 @@ import click
 
 from ..subnets import Subnet
 from .options import (
+    INTERRUPTED,
     Command,
     amp_options,
     create_model,
@@ -14,6 +15,7 @@ from .options import (
     resolve_device,
     subnet_option,
 )
+from .stdout import echo
 
 __all__ = ['command']
 
@@ -37,7 +39,9 @@ __all__ = ['command']
 @device_option
 @amp_options
 @output_option
+@click.pass_context
 def command(
+        ctx: click.Context,
         model: str,
         subnets: tuple[Subnet, ...],
         peers: tuple[str, ...],
@@ -58,7 +62,8 @@ def command(
     a new order each time. Latency is the median of a batch, and its 90th percentile and interquartile range; images
     come in the largest size, so resizing is part of it. Peak memory is the weights and what one call allocates; on a
     CPU through torch's allocator alone, and for onnx it is not measured. --output writes profile.json, profile.csv and
-    a picture of latency against MACs for each setting.
+    a picture of latency against MACs for each setting. Ctrl-C keeps the rounds measured so far, writes them as
+    profile-partial and exits with 130.
 
     \b
     Examples:
@@ -72,9 +77,9 @@ def command(
     from ..tools.files import check_output_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.profile import profile
-    from ..tools.results import save_results
-    from ..tools.tables import list_table, print_table
+    from ..tools.results import COLUMNS, save_results
     from .progress import track
+    from .tables import list_table, print_table
 
     if output:
         check_output_folder(output)
@@ -93,20 +98,28 @@ def command(
     by_setting: dict[str, list[dict[str, Any]]] = {}
     for row in results.rows:
         by_setting.setdefault('batch {batch_size}, {precision}, {runtime}'.format(**row), []).append(row)
-    columns = ['macs', 'latency_ms', 'latency_p90_ms', 'latency, IQR [ms]', 'throughput', 'memory_mib']
+    mark = ' (partial)' * results.partial
+    saved = ''
+    if output:
+        path = save_results(results, output, 'profile')[0]
+        saved = f'; saved as {path}'
+        for setting, rows in by_setting.items():
+            suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
+            draw_operating_points(
+                rows, f'{path.with_suffix("")}{suffix}.png', y='latency_ms', title=f'{model}, {setting}{mark}')
+    if results.partial:
+        echo(f'PARTIAL: interrupted after {results.info["rounds"]} of {rounds} rounds{saved}.')
+    columns = [key for key, column in COLUMNS.items() if column.kind == 'cost']
     compared: dict[str, dict[str, Any]] = {}
     for setting, rows in by_setting.items():
-        shown = [{**row, 'network': _network(row), 'latency, IQR [ms]': row['latency_iqr_ms']} for row in rows]
+        shown = [{**row, 'network': _network(row)} for row in rows]
         print_table(list_table(shown, ['network', *columns], title=f'{model}, {setting}'))
         for row in shown:
             compared.setdefault(row['network'], {'network': row['network']})[setting] = row['latency_ms']
     if len(by_setting) > 1:
-        print_table(list_table(list(compared.values()), ['network', *by_setting], title='latency, median [ms]'))
-    if output:
-        save_results(results, output, 'profile')
-        for setting, rows in by_setting.items():
-            suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
-            draw_operating_points(rows, f'{output}/profile{suffix}.png', y='latency_ms', title=f'{model}, {setting}')
+        print_table(list_table(list(compared.values()), ['network', *by_setting], title=COLUMNS['latency_ms'].heading))
+    if results.partial:
+        ctx.exit(INTERRUPTED)
 
 
 def _network(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from rich.progress import track as rich_track
 __all__ = ['track']
 
 
-def track(steps: Iterable[Any]) -> Iterable[Any]:
-    """Return the steps, with a bar that follows them."""
-    return rich_track(steps, description='', console=Console(stderr=True))
+def track(steps: Iterable[Any], label: str) -> Iterable[Any]:
+    """Return the steps, with a bar that follows them where stderr is a terminal; see ``tools/progress.py``."""
+    console = Console(stderr=True)
+    return rich_track(steps, label, console=console, transient=True, disable=not console.is_terminal)

@@ -2,6 +2,7 @@
 import click
 
 from . import options
+from .stdout import echo
 
 
 @click.command(cls=options.Command)
@@ -19,8 +20,9 @@ def command(output: str, seed: int) -> None:
     supervit quickstart --output output/digits
     """
     from ..tools.quickstart import quickstart
-    from ..tools.tables import print_grids
+    from .progress import track
+    from .tables import print_grids
 
-    results = quickstart(output, seed, progress=True)
+    results = quickstart(output, seed, progress=track)
     print_grids(results, ['top1', 'macs'])
-    click.echo(f'Saved to {output}.')
+    echo(f'Saved to {output}.')

@@ -5,7 +5,15 @@ from typing import Any
 import click
 
 from ..subnets import Subnet
-from .options import Command, create_model, device_option, model_options, resolve_device, subnet_option
+from .options import (
+    Command,
+    create_model,
+    device_option,
+    model_options,
+    resolve_device,
+    subnet_option,
+    weights_kind,
+)
 
 __all__ = ['command']
 
@@ -36,9 +44,10 @@ def command(
           --subnet 224:0.7 --subnet 128:0.5 --output pictures
     """
     from ..tools.files import check_output_folder
+    from ..tools.fingerprint import fingerprint
     from ..tools.results import Results, save_results
-    from ..tools.tables import list_table, print_table
     from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image
+    from .tables import list_table, print_table
 
     check_output_folder(output)
     network = create_model(model, **settings).to(resolve_device(device))
@@ -51,6 +60,7 @@ def command(
         for tokens in found
     ]
     columns = ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']
-    print_table(list_table(rows, columns))
-    save_results(Results(model, rows), output, 'visualize')
+    identity = fingerprint(network) | {'weights_kind': weights_kind(**settings)}
+    save_results(Results(model, rows, network=identity), output, 'visualize')
     draw_kept_tokens(found, Path(output) / 'visualize.png')
+    print_table(list_table(rows, columns))

@@ -1,16 +1,13 @@
 """Choosing a subnet from measured results: the most accurate one inside a budget, and the Pareto front."""
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..subnets import Subnet
-from .results import Row, load_results, quantity_of, subnet_of
+from .results import COLUMNS, Results, Row, column_of, difference, load_results, subnet_of
 
 __all__ = ['best_subnet', 'merge_results', 'pareto_front']
-
-# What a user may ask for, and whether a subnet must stay below it or reach it.
-_BUDGETS = {'latency_ms': 'at most', 'macs': 'at most', 'throughput': 'at least'}
-_OUTCOMES = ('top1', 'top5', 'correct1', 'correct5', 'count')
 
 
 class _Miss(NamedTuple):
@@ -18,48 +15,67 @@ class _Miss(NamedTuple):
     row: Row
 
 
-def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] | None = None) -> list[Row]:
+def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] | None = None) -> Results:
     """Join the results that ``supervit evaluate`` and ``supervit profile`` wrote, one row for each subnet.
 
     Args:
-        paths: JSON files of one network.
+        paths: JSON files of one network. Costs may be of other weights than the accuracy.
         where: Take only rows with these values where they have the key, such as ``{'batch_size': 1}``.
 
     Returns:
-        The rows of subnets, cheapest first where the MACs are known.
+        The rows of subnets, cheapest first where the MACs are known. ``info`` has that of each file under ``sources``,
+        and ``partial`` is True if one of them is.
 
     Raises:
-        ValueError: If the files are of different networks, or a subnet was measured in several settings and ``where``
-            does not say which counts.
+        ValueError: If the files are of different networks, two measured the same, a subnet was measured in several
+            settings and ``where`` does not say which counts, or ``where`` names no setting.
     """
     wanted = dict(where or {})
+    settings = [key for key, column in COLUMNS.items() if column.kind == 'setting']
+    if unknown := wanted.keys() - set(settings):
+        raise ValueError(f'{sorted(unknown)[0]} is no setting of results; use {", ".join(settings)}')
+    files = {os.fspath(path): load_results(path) for path in paths}
+    _check_one_network(files)
     merged: dict[Subnet, Row] = {}
-    for path in paths:
-        own: dict[Subnet, Row] = {}
-        for row in load_results(path).rows:
+    origins: dict[tuple[Subnet, str], str] = {}
+    for path, results in files.items():
+        own: set[Subnet] = set()
+        for row in results.rows:
             subnet = subnet_of(row)
             if subnet is None or any(row.get(key, value) != value for key, value in wanted.items()):
                 continue
-            if subnet in own:
-                _raise_several(path, own[subnet], row)
-            own[subnet] = row
             known = merged.setdefault(subnet, {})
-            if known.get('macs', row.get('macs')) != row.get('macs', known.get('macs')):
-                raise ValueError(
-                    f'{path} is of another network: subnet {subnet.img_size}:{subnet.keep_rate:g} has {row["macs"]} '
-                    f'MACs there and {known["macs"]} in the others; give results of one network')
+            clashing = [key for key in row if row[key] != known.get(key, row[key])]
+            if subnet in own or clashing:
+                raise ValueError(_describe_clash(
+                    path if subnet in own else origins[subnet, clashing[0]], path, known, row, clashing))
+            own.add(subnet)
             known.update(row)
+            origins.update({(subnet, key): path for key in row})
         if not own:
             raise ValueError(f'{path} holds no subnet with {wanted}' if wanted else f'{path} holds no subnet')
-    return sorted(merged.values(), key=lambda row: row.get('macs', 0))
+    return Results(
+        next(iter(files.values())).model,
+        sorted(merged.values(), key=lambda row: row.get('macs', 0)),
+        {'partial': any(results.partial for results in files.values()),
+         'sources': {path: results.info for path, results in files.items()}},
+        max((results.network for results in files.values()), key=lambda network: bool(network.get('weights'))),
+    )
+def _check_one_network(files: Mapping[str, Results]) -> None:
+    for (first, one), (second, other) in itertools.combinations(files.items(), 2):
+        if found := difference(one, other):
+            raise ValueError(
+                f'{first} and {second} are of different networks: {found}; give results of one network')
 
 
-def _raise_several(path: str | os.PathLike, first: Row, second: Row) -> None:
-    measured = {'macs', 'latency_ms', 'latency_p90_ms', 'throughput', 'memory_mib', *_OUTCOMES}
-    settings = [key for key in first if key not in measured and first[key] != second.get(key)]
-    remedy = ' and '.join(f'{key}={first[key]} or {second.get(key)}' for key in settings) or 'remove one of them'
-    raise ValueError(
-        f'{path} measures subnet {first["img_size"]}:{first["keep_rate"]:g} in several settings; choose: {remedy}')
+def _describe_clash(first: str, second: str, one: Row, other: Row, clashing: Sequence[str]) -> str:
+    files = first if first == second else f'{first} and {second}'
+    subnet = f'subnet {one["img_size"]}:{one["keep_rate"]:g}'
+    settings = [f'{key}={one[key]} or {other[key]}' for key in clashing if column_of((), key).kind == 'setting']
+    if settings:
+        return f'{files}: {subnet} in several settings; choose: {" and ".join(settings)}'
+    measured = [f'{key} {one[key]} and {other[key]}' for key in clashing]
+    return f'{files}: {subnet} is measured twice, {", ".join(measured) or "alike"}; give one of the two'
 
 
 def best_subnet(
@@ -71,7 +87,7 @@ def best_subnet(
     """Return the row of the most accurate subnet inside a budget; where several are, the one furthest inside.
 
     Args:
-        table: Rows with ``top1`` and what the budget is about, from ``merge_results`` or ``Results.rows``.
+        table: Rows with ``top1`` and what the budget is about, from the ``Results.rows`` of ``merge_results``.
         latency_ms: Median latency of a batch, at most this many milliseconds.
         macs: Multiply-accumulates for one image, at most.
         throughput: Images per second, at least.
@@ -88,7 +104,7 @@ def best_subnet(
             raise ValueError(f'{key} {value} is no budget; give a number above 0')
     for key in ('top1', *budget):
         if not any(row.get(key) is not None for row in table):
-            command = 'evaluate' if key in ('top1', 'macs') else 'profile'
+            command = 'evaluate' if COLUMNS[key].kind == 'outcome' else 'profile'
             raise ValueError(f'the results say nothing about {key}; add the file that "supervit {command}" wrote')
     rows = [row for row in table if all(row.get(key) is not None for key in ('top1', *budget))]
     if not rows:
@@ -97,23 +113,23 @@ def best_subnet(
     fitting = [miss for miss in misses if miss.factor <= 1]
     if not fitting:
         nearest = min(misses, key=lambda miss: miss.factor).row
-        reached = _describe(table, {key: nearest[key] for key in budget})
+        reached = _describe(table, {key: nearest[key] for key in budget}, limits=False)
         raise ValueError(
-            f'no subnet has {_describe(table, budget, _BUDGETS)}; '
-            f'the nearest is {nearest["img_size"]}:{nearest["keep_rate"]:g} with {reached}')
+            f'no subnet has {_describe(table, budget)}; the nearest is '
+            f'{nearest["img_size"]}:{nearest["keep_rate"]:g} with {reached}')
     return min(fitting, key=lambda miss: (-miss.row['top1'], miss.factor, miss.row.get('macs', 0))).row
 
 
 def _miss(row: Row, key: str, value: float) -> float:
-    return row[key] / value if _BUDGETS[key] == 'at most' else value / max(row[key], 1e-12)
+    return value / max(row[key], 1e-12) if COLUMNS[key].more_is_better else row[key] / value
 
 
-def _describe(rows: Sequence[Row], values: Mapping[str, float], words: Mapping[str, str] | None = None) -> str:
+def _describe(rows: Sequence[Row], values: Mapping[str, float], limits: bool = True) -> str:
     parts = []
     for key, value in values.items():
-        quantity = quantity_of(rows, key)
-        word = f'{words[key]} ' if words else ''
-        parts.append(f'{word}{value / quantity.scale:.{quantity.digits}f} {quantity.title}')
+        column = column_of(rows, key)
+        limit = ('at least ' if column.more_is_better else 'at most ') if limits else ''
+        parts.append(f'{column.title} {limit}{column.text(value)} {column.unit}')
     return ' and '.join(parts)
 
 
@@ -122,9 +138,9 @@ def pareto_front(table: Sequence[Row], cost: str = 'macs') -> list[Row]:
 
     Args:
         table: Rows with ``top1`` and ``cost``; others are left out.
-        cost: Key that should be low, or ``throughput``, which should be high.
+        cost: Key of a cost; ``throughput`` should be high, the others low.
     """
-    sign = -1 if cost == 'throughput' else 1
+    sign = -1 if column_of((), cost).more_is_better else 1
     rows = [row for row in table if row.get('top1') is not None and row.get(cost) is not None]
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (sign * row[cost], -row['top1'])):

@@ -17,7 +17,9 @@ from timm.models import load_state_dict, save_for_hf
 
 from ..models.supervit import SuperVisionTransformer
 from .files import check_output_folder
-from .results import Quantity, Results, quantity_of, subnet_of
+from .fingerprint import fingerprint
+from .results import Results, column_of, difference, subnet_of
+from .text import markdown
 
 __all__ = ['CheckpointError', 'convert_checkpoint', 'model_card', 'push_folder', 'read_checkpoint']
 
@@ -102,6 +104,8 @@ def convert_checkpoint(
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise CheckpointError(f'{path}: {error}') from error
+    if results is not None and (found := difference(results, Results('', [], network=fingerprint(model)))):
+        raise ValueError(f'these results are of another network than {path}: {found}; evaluate the checkpoint itself')
     # Beside its final place, so that moving it is a renaming.
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix='.convert-') as folder:
         new = Path(folder) / 'new'
@@ -144,7 +148,7 @@ def model_card(model: SuperVisionTransformer, source: str, results: Results | No
     example = model.subnets[len(model.subnets) // 2]
     sizes, rates = (', '.join(map(str, values)) for values in (model.img_sizes, model.keep_rates))
     text = f"""
-# {source.partition(':')[2].split('/')[-1]}
+# {markdown(source.partition(':')[2].split('/')[-1])}
 
 `{config['architecture']}`, a Super Vision Transformer ([arXiv 2205.11397](https://arxiv.org/abs/2205.11397)): one
 network that runs at many costs. Each call chooses an image size ({sizes} pixels) and a keep rate ({rates}), the share
@@ -157,7 +161,7 @@ of the tokens that the network goes on with in its dropping blocks. It has {mode
 ```python
 import timm
 
-model = timm.create_model('{source}', pretrained=True).eval()
+model = timm.create_model({source!r}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(image).unsqueeze(0), img_size={example.img_size}, keep_rate={example.keep_rate})
 ```
@@ -177,17 +181,11 @@ def _operating_points(results: Results, model: SuperVisionTransformer, architect
         raise ValueError('these results are of an interrupted run, marked partial; let it run to the end')
     keys = ('batch_size', 'precision', 'runtime', 'macs', 'top1', 'top5', 'latency_ms', 'throughput')
     columns = ['img_size', 'keep_rate', *(key for key in keys if any(row.get(key) is not None for row in rows))]
-    quantities = [quantity_of(rows, key) for key in columns]
-    lines = [[quantity.title for quantity in quantities], ['---:'] * len(columns)]
+    shown = [column_of(rows, key) for key in columns]
+    lines = [[column.heading for column in shown], ['---:'] * len(columns)]
     for row in rows:
-        lines.append([_cell(row.get(key), quantity) for key, quantity in zip(columns, quantities, strict=True)])
+        lines.append([markdown(column.text(row.get(key))) for key, column in zip(columns, shown, strict=True)])
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-
-def _cell(value: Any, quantity: Quantity) -> str:
-    if isinstance(value, (int, float)):
-        return f'{value / quantity.scale:.{quantity.digits}f}'
-    return '-' if value is None else str(value)
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str) -> str:

@@ -5,18 +5,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import track
 from timm.task import evaluation_sample_limit
 from torch import Tensor
 
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .data import ReadableImages
+from .fingerprint import fingerprint
 from .macs import count_macs
+from .progress import Progress, silent
 from .results import Results
 
-__all__ = ['evaluate']
+__all__ = ['check_finite', 'evaluate']
 
 
 def evaluate(
@@ -27,13 +27,13 @@ def evaluate(
         name: str = '',
         amp_dtype: torch.dtype | None = None,
         skip_bad_images: bool = False,
-        progress: bool = False,
+        progress: Progress = silent,
 ) -> Results:
     """Count what each subnet gets right in one pass over the data, all subnets on each batch.
 
     Where ``torch.distributed`` is initialized, each rank evaluates its share and all return the sum; images that timm's
     sampler repeats to make the shares equal are not counted. Interrupted by Ctrl-C, it returns what was counted so far,
-    with ``info['partial']`` True.
+    with ``info['partial']`` True, or raises ``KeyboardInterrupt`` if that is nothing.
 
     Args:
         model: A SuperViT.
@@ -42,13 +42,14 @@ def evaluate(
         name: Name of the model for the results.
         amp_dtype: Run in mixed precision with this dtype.
         skip_bad_images: Pass over unreadable images and name them in ``info['skipped']``.
-        progress: Show a progress bar on stderr.
+        progress: Follows the batches, such as ``tqdm.tqdm``.
 
     Returns:
         One row for each subnet, with ``macs``, ``top1``, ``top5``, ``correct1``, ``correct5`` and ``count``.
 
     Raises:
         OSError: If an image cannot be read and ``skip_bad_images`` is False; the message names it.
+        RuntimeError: If a subnet's logits are not finite; the message names it.
         ValueError: If a class is none of the model's, or there is no such subnet.
     """
     chosen = model.subnets if subnets is None else [Subnet(*subnet) for subnet in subnets]
@@ -62,13 +63,14 @@ def evaluate(
 
     was_training = model.training
     model.eval()
-    batches = track(loader, 'Evaluating', console=Console(stderr=True), disable=not progress, transient=True)
     try:
-        for images, target in batches:
+        for images, target in progress(loader, 'Evaluating'):
             target = target if limit is None else target[:max(0, limit - seen)]
             bad = _bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
             with torch.inference_mode(), autocast:
-                hits = _count_hits(model.forward_subnets(images, chosen), target)
+                logits = [output[:len(target)] for output in model.forward_subnets(images, chosen)]
+            check_finite(logits, chosen)
+            hits = _count_hits(logits, target)
             # In one go, so that an interrupt finds a whole number of batches.
             correct, seen, skipped = correct + hits, seen + len(target), skipped + bad
     except KeyboardInterrupt:
@@ -84,6 +86,8 @@ def evaluate(
         dist.all_gather_object(shares, skipped)
         skipped = sorted(name for share in shares for name in share)
     total, interrupted = count.tolist()
+    if interrupted and not total:
+        raise KeyboardInterrupt
     rows = [
         {
             **subnet._asdict(),
@@ -96,14 +100,28 @@ def evaluate(
         }
         for subnet, cost, (correct1, correct5) in zip(chosen, macs, correct.tolist(), strict=True)
     ]
-    return Results(name, rows, {'partial': bool(interrupted), 'skipped': skipped})
+    return Results(name, rows, {'partial': bool(interrupted), 'skipped': skipped}, fingerprint(model))
+
+
+def check_finite(logits: Sequence[Tensor], subnets: Sequence[Subnet]) -> None:
+    """Check that the logits of each subnet are numbers; the largest of NaN would count as class 0.
+
+    Raises:
+        RuntimeError: If they are not; the message names the first such subnet.
+    """
+    finite = torch.stack([output.isfinite().all() for output in logits]).tolist()
+    if not all(finite):
+        img_size, keep_rate = subnets[finite.index(False)]
+        raise RuntimeError(
+            f'subnet {img_size}:{keep_rate:g} gives logits that are not finite; check the weights, and if it ran in '
+            f'float16, take bfloat16 or float32')
 
 
 def _count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Return how many targets [B] are the first, and among the first five, of each subnet's logits [B', classes]."""
+    """Return how many targets [B] are the first, and among the first five, of each subnet's logits [B, classes]."""
     counts = []
     for output in logits:
-        hits = output[:len(target)].topk(min(5, output.shape[1]), dim=1).indices == target.unsqueeze(1)
+        hits = output.topk(min(5, output.shape[1]), dim=1).indices == target.unsqueeze(1)
         counts.append(torch.stack([hits[:, 0].sum(), hits.sum()]))
     return torch.stack(counts)
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .files import fill_folder
 from .fixed_subnet import FixedSubnet
+from .macs import count_macs
+from .progress import Progress, silent
 
 __all__ = ['BATCH_SIZES', 'FORMATS', 'TOLERANCE', 'ExportError', 'export_subnets', 'load_program', 'write_program']
 
@@ -41,7 +43,7 @@ def export_subnets(
         subnets: Sequence[Subnet],
         output_dir: str | os.PathLike,
         format: str,
-        progress: Callable[[Iterable[Subnet]], Iterable[Subnet]] = iter,
+        progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write one file for each subnet, and a manifest of them, into a folder.
 
@@ -53,7 +55,7 @@ def export_subnets(
         subnets: The subnets to export.
         output_dir: Folder for the files; it is made where it is missing.
         format: ``onnx`` or ``pt2``.
-        progress: Wraps the subnets as they are exported, such as ``tqdm.tqdm``.
+        progress: Follows the subnets as they are exported, such as ``tqdm.tqdm``.
 
     Returns:
         The manifest: how to prepare images for the model and, under ``files``, one entry for each subnet with its MACs
@@ -72,7 +74,7 @@ def export_subnets(
     name = pretrained_cfg['architecture']
     with fill_folder(output_dir) as folder:
         try:
-            files = [_export(model, subnet, folder, name, format) for subnet in progress(subnets)]
+            files = [_export(model, subnet, folder, name, format) for subnet in progress(subnets, 'Exporting')]
             manifest = {'model': name, 'format': format, **_describe(model), 'versions': _versions(format)}
             manifest['files'] = files
             (folder / f'{name}-{format}.json').write_text(json.dumps(manifest, indent=2) + '\n')
@@ -90,7 +92,7 @@ def _export(model: SuperVisionTransformer, subnet: Subnet, folder: Path, name: s
         'file': path.name,
         'img_size': subnet.img_size,
         'keep_rate': subnet.keep_rate,
-        'macs': model.macs(subnet),
+        'macs': count_macs(model, **subnet._asdict()),
         'bytes': path.stat().st_size,
         'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
         'max_difference': _compare(network, path),

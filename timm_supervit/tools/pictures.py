@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from .files import replace_file
-from .results import Row, quantity_of, subnet_of
+from .results import Row, column_of, subnet_of
+from .text import visible
 
-__all__ = ['draw_operating_points']
+__all__ = ['draw_operating_points', 'save_picture']
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow and black.
 _COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
@@ -38,7 +40,7 @@ def draw_operating_points(
         OSError: If the file cannot be written; one of that name is then as it was.
     """
     rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
-    across, up = quantity_of(rows, x), quantity_of(rows, y)
+    across, up = column_of(rows, x), column_of(rows, y)
     subnets = [subnet for row in rows if (subnet := subnet_of(row))]
     sizes = sorted({subnet.img_size for subnet in subnets}, reverse=True)
     rates = sorted({subnet.keep_rate for subnet in subnets})
@@ -47,7 +49,7 @@ def draw_operating_points(
 
     # Figure without pyplot: no display, no global state.
     figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.add_subplot(xlabel=across.title, ylabel=up.title)
+    axes = figure.add_subplot(xlabel=across.heading, ylabel=up.heading)
     axes.set_title(title, fontsize=13)
     axes.xaxis.label.set_fontsize(12)
     axes.yaxis.label.set_fontsize(12)
@@ -81,6 +83,18 @@ def draw_operating_points(
         if lines:
             handles += [Line2D([], [], linestyle='', label=heading), *lines, Line2D([], [], linestyle='', label='')]
     figure.legend(handles=handles[:-1], loc='outside right center', frameon=False, fontsize=11)
+    save_picture(figure, path)
+
+
+def save_picture(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as PNG. Its text is shown as it is, dollar signs included, which else enclose mathematics.
+
+    Raises:
+        OSError: If the file cannot be written; one of that name is then as it was.
+    """
+    for text in figure.findobj(Text):
+        text.set_text(visible(text.get_text()))
+        text.set_parse_math(False)
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=200, format='png')
 

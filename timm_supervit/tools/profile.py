@@ -9,7 +9,7 @@ import json
 import platform
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,10 @@ from torch.utils.benchmark import Timer
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .export import load_program, write_program
+from .fingerprint import fingerprint
 from .fixed_subnet import FixedSubnet
 from .macs import count_macs
+from .progress import Progress, silent
 from .results import Results, Row
 
 __all__ = ['PRECISIONS', 'RUNTIMES', 'peak_allocation', 'profile']
@@ -60,7 +62,7 @@ def profile(
         runtimes: Sequence[str] = ('eager',),
         device: torch.device | str = 'cpu',
         rounds: int = 30,
-        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        progress: Progress = silent,
 ) -> Results:
     """Measure subnets, and other networks of timm in the same rounds, in every combination of the settings.
 
@@ -80,7 +82,11 @@ def profile(
         runtimes: ``eager``, ``compile`` (``torch.compile``) or ``onnx`` (onnxruntime, in float32 only).
         device: Device to measure on.
         rounds: How often each candidate is measured, at least 2.
-        progress: Wraps the networks as they are prepared and then the rounds, such as ``tqdm.tqdm``.
+        progress: Follows the networks as they are prepared and then the rounds, such as ``tqdm.tqdm``.
+
+    Returns:
+        One row for each network and setting. Interrupted by Ctrl-C after the first round, it is of the rounds that were
+        complete, and ``info['partial']`` is True.
 
     Raises:
         RuntimeError: If onnxruntime cannot run on the device, or there is no such peer.
@@ -98,19 +104,20 @@ def profile(
     networks = _networks(model, model.subnets if subnets is None else subnets, peers, device)
     candidates = []
     with tempfile.TemporaryDirectory() as folder, _compiling(len(networks) * len(settings)):
-        for i, network in enumerate(progress(networks)):
+        for i, network in enumerate(progress(networks, 'Preparing')):
             for setting in settings:
                 run = _callable(network, device, Path(folder) / f'{i}.onnx', **setting)
                 for _ in range(_WARM_UP_CALLS):
                     run()
                 candidates.append(_Candidate(network.row | setting, network, run))
         memory = [_peak_memory(candidate, device) for candidate in candidates]
-        times = _measure(candidates, rounds, progress)
+        times, partial = _measure(candidates, rounds, progress)
     rows = [
         candidate.row | _summary(seconds, candidate.row['batch_size']) | {'memory_mib': mib}
         for candidate, seconds, mib in zip(candidates, times, memory, strict=True)
     ]
-    return Results(name, rows, {'rounds': rounds, **_describe(device)})
+    info = {'partial': partial, 'rounds': len(times[0]), **_describe(device)}
+    return Results(name, rows, info, fingerprint(model, weights=False))
 
 
 def _check_setting(batch_size: int, precision: str, runtime: str) -> None:
@@ -178,19 +185,25 @@ def _callable(
 def _measure(
         candidates: Sequence[_Candidate],
         rounds: int,
-        progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> list[list[float]]:
-    """Return the seconds that each call took, for each candidate."""
+        progress: Progress,
+) -> tuple[list[list[float]], bool]:
+    """Return the seconds that each call took, for each candidate, and whether an interrupt cut the rounds short."""
     # Timer would run on one thread, and it waits for the device before it stops the clock.
     timers = [Timer('run()', globals={'run': c.run}, num_threads=torch.get_num_threads()) for c in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     order = list(range(len(candidates)))
     shuffle = random.Random(0).shuffle
-    for _ in progress(range(rounds)):
-        shuffle(order)
-        for i in order:
-            times[i] += timers[i].timeit(1).times
-    return times
+    try:
+        for _ in progress(range(rounds), 'Measuring'):
+            shuffle(order)
+            seconds = {i: timers[i].timeit(1).times for i in order}
+            # In one go, so that an interrupt finds whole rounds.
+            times = [known + seconds[i] for i, known in enumerate(times)]
+    except KeyboardInterrupt:
+        if not times[0]:
+            raise
+        return times, True
+    return times, False
 
 
 def _summary(seconds: Sequence[float], batch_size: int) -> Row:

@@ -6,8 +6,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits as load_sklearn_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_loader, resolve_data_config
@@ -20,6 +18,7 @@ from .data import ReadableImages, create_evaluation_loader
 from .evaluate import evaluate
 from .files import fill_folder
 from .pictures import draw_operating_points
+from .progress import Progress, silent
 from .results import Results, save_results
 
 __all__ = ['load_digits', 'quickstart', 'train']
@@ -42,14 +41,14 @@ def load_digits(img_size: int) -> tuple[list[Example], list[Example]]:
     return tuple(train_test_split(examples, test_size=360, stratify=digits.target, random_state=0))
 
 
-def train(model: Any, examples: list[Example], epochs: int, progress: bool = False) -> None:
+def train(model: Any, examples: list[Example], epochs: int, progress: Progress = silent) -> None:
     """Super-train a model with timm's loader, task, optimizer and scheduler, as timm's ``train.py`` would.
 
     Args:
         model: A SuperViT.
         examples: Images and their classes.
         epochs: Passes over the examples.
-        progress: Show a progress bar on stderr.
+        progress: Follows the epochs, such as ``tqdm.tqdm``.
     """
     device = torch.device('cpu')
     config = resolve_data_config({}, model=model)
@@ -75,18 +74,14 @@ def train(model: Any, examples: list[Example], epochs: int, progress: bool = Fal
     scheduler, epochs = create_scheduler_v2(
         optimizer, num_epochs=epochs, warmup_epochs=min(5, epochs // 2), min_lr=1e-5, step_on_epochs=False,
         updates_per_epoch=len(loader))
-    columns = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        steps = bar.add_task('Training', total=epochs * len(loader))
-        task.train()
-        for epoch in range(epochs):
-            for step, (images, target) in enumerate(loader, start=epoch * len(loader)):
-                optimizer.zero_grad()
-                loss = task(images, target)['loss']
-                loss.backward()
-                optimizer.step()
-                bar.update(steps, advance=1, description=f'Training, loss {loss.item():.2f}')
-                scheduler.step_update(step + 1)
+    task.train()
+    for epoch in progress(range(epochs), 'Training'):
+        for step, (images, target) in enumerate(loader, start=epoch * len(loader)):
+            optimizer.zero_grad()
+            loss = task(images, target)['loss']
+            loss.backward()
+            optimizer.step()
+            scheduler.step_update(step + 1)
     model.eval()
 
 
@@ -94,7 +89,7 @@ def quickstart(
         output: str | os.PathLike = 'output/digits',
         seed: int = 42,
         epochs: int = 40,
-        progress: bool = False,
+        progress: Progress = silent,
 ) -> Results:
     """Train ``supervit_digits`` on handwritten digits, evaluate all its subnets on held-out ones, and save both.
 
@@ -104,7 +99,7 @@ def quickstart(
             of it is there.
         seed: Start of all random numbers; the same seed gives the same numbers.
         epochs: Passes over the training digits.
-        progress: Show a progress bar on stderr.
+        progress: Follows the epochs and the batches of the evaluation, such as ``tqdm.tqdm``.
 
     Returns:
         The results on the held-out digits.
@@ -119,7 +114,10 @@ def quickstart(
         examples, held_out = load_digits(model.img_sizes[-1])
         train(model, examples, epochs, progress)
         results = evaluate(
-            model, create_evaluation_loader(held_out, model, num_workers=0), name=f'local-dir:{Path(output)}')
+            model, create_evaluation_loader(held_out, model, num_workers=0), name=f'local-dir:{Path(output)}',
+            progress=progress)
+        if results.partial:
+            raise KeyboardInterrupt
         results.info |= {'seed': seed, 'epochs': epochs}
         timm.models.save_for_hf(model, str(folder), safe_serialization=True)
         save_results(results, folder, 'evaluate')

@@ -3,76 +3,119 @@ import csv
 import io
 import json
 import os
+import reprlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..subnets import Subnet
+from ..subnets import Subnet, check_img_size, check_keep_rate
 from .files import write_text
+from .text import spreadsheet, visible
 
-__all__ = ['Quantity', 'Results', 'load_results', 'quantity_of', 'save_results', 'subnet_of']
+__all__ = [
+    'COLUMNS',
+    'Column',
+    'Results',
+    'Row',
+    'column_of',
+    'difference',
+    'load_results',
+    'save_results',
+    'subnet_of',
+]
 
 Row = dict[str, Any]
+
+
+class Column(NamedTuple):
+    """What stands under a key of the rows. All that prints, merges, draws or converts results asks here.
+
+    Attributes:
+        title: Name in headings and on axes.
+        unit: Unit of the values as they are shown.
+        kind: ``setting`` (which subnet, and in what setting it was measured), ``cost``, ``outcome``, or ``''`` where
+            that is unknown.
+        digits: Decimals of a number; None for text, and for numbers that are shown as they are.
+        scale: What a value is divided by to be in the unit.
+        more_is_better: Whether a large value is a good one.
+    """
+
+    title: str
+    unit: str = ''
+    kind: str = ''
+    digits: int | None = 2
+    scale: float = 1.
+    more_is_better: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The title, with the unit in brackets."""
+        return f'{self.title} [{self.unit}]' if self.unit else self.title
+
+    def text(self, value: Any) -> str:
+        """Return a value as it is shown below the heading."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return f'{value:g}' if self.digits is None else f'{value / self.scale:.{self.digits}f}'
+        return '-' if value is None else visible(str(value))
+
+
+# A key has one meaning everywhere.
+COLUMNS = {
+    'img_size': Column('size', 'px', 'setting', 0),
+    'keep_rate': Column('keep rate', '', 'setting', None),
+    'batch_size': Column('batch', 'images', 'setting', 0),
+    'precision': Column('precision', '', 'setting', None),
+    'runtime': Column('runtime', '', 'setting', None),
+    'image': Column('image', '', 'setting', None),
+    'macs': Column('MACs per image', 'M', 'cost', 2, 1e6),
+    'latency_ms': Column('latency, median', 'ms', 'cost'),  # of one forward of a batch
+    'latency_p90_ms': Column('latency, p90', 'ms', 'cost'),
+    'latency_iqr_ms': Column('latency, IQR', 'ms', 'cost'),
+    'throughput': Column('throughput', 'images/s', 'cost', 1, more_is_better=True),
+    'memory_mib': Column('peak memory', 'MiB', 'cost', 1),
+    'top1': Column('top-1', '%', 'outcome', more_is_better=True),
+    'top5': Column('top-5', '%', 'outcome', more_is_better=True),
+    'correct1': Column('top-1 correct', 'images', 'outcome', 0, more_is_better=True),
+    'correct5': Column('top-5 correct', 'images', 'outcome', 0, more_is_better=True),
+    'count': Column('evaluated', 'images', 'outcome', 0),
+    'prediction': Column('prediction', '', 'outcome', None),
+    'probability': Column('probability', '', 'outcome'),
+    'kept': Column('patches kept', '', 'outcome', None),
+}
 
 
 @dataclass
 class Results:
     """What was measured of a network, one row for each subnet (and setting).
 
-    A row is a plain dictionary that goes to JSON and CSV as it is. ``img_size`` and ``keep_rate`` say which subnet; a
-    row of another network than ``model`` has ``model`` instead. Further keys, each with one meaning everywhere:
-
-    - ``macs``: multiply-accumulates for one image;
-    - ``top1``, ``top5``: accuracy in percent, ``correct1``, ``correct5`` images of ``count``;
-    - ``latency_ms``, ``latency_p90_ms``: median and 90th percentile of one forward of a batch, in milliseconds;
-    - ``throughput``: images per second; ``memory_mib``: peak memory in MiB;
-    - ``batch_size``, ``precision``, ...: the setting that the row was measured in.
+    A row is a plain dictionary that goes to JSON as it is, with keys of ``COLUMNS``. ``img_size`` and ``keep_rate``
+    say which subnet; a row of another network than ``model`` has ``model`` instead.
 
     Attributes:
         model: Name of the network, as ``timm.create_model`` takes it.
         rows: The rows, cheapest subnet first.
         info: How they were measured; ``partial`` is True there if it was interrupted.
+        network: What the network is, from ``fingerprint``.
     """
 
     model: str
     rows: list[Row]
     info: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def partial(self) -> bool:
+        """Whether they are of an interrupted run, or rest on one."""
+        return bool(self.info.get('partial'))
 
 
-class Quantity(NamedTuple):
-    """How the values of a key are shown.
-
-    Attributes:
-        title: Name with the unit, for headings and axes.
-        digits: Decimals.
-        scale: What a value is divided by.
-    """
-
-    title: str
-    digits: int = 2
-    scale: float = 1.
-
-
-_QUANTITIES = {
-    'img_size': Quantity('size', 0),
-    'keep_rate': Quantity('keep rate'),
-    'batch_size': Quantity('batch', 0),
-    'top1': Quantity('top-1 [%]'),
-    'top5': Quantity('top-5 [%]'),
-    'latency_ms': Quantity('latency, median [ms]'),
-    'latency_p90_ms': Quantity('latency, p90 [ms]'),
-    'throughput': Quantity('throughput [images/s]', 1),
-    'memory_mib': Quantity('peak memory [MiB]', 1),
-}
-
-
-def quantity_of(rows: Iterable[Row], key: str) -> Quantity:
-    """Return how to show a key of these rows; MACs in the unit that suits the largest."""
-    if key != 'macs':
-        return _QUANTITIES.get(key, Quantity(key))
-    largest = max((row['macs'] for row in rows if row.get('macs') is not None), default=0)
-    return Quantity('GMACs per image', 2, 1e9) if largest >= 1e8 else Quantity('MMACs per image', 2, 1e6)
+def column_of(rows: Iterable[Row], key: str) -> Column:
+    """Return what stands under a key of these rows; MACs in the unit that suits the largest."""
+    column = COLUMNS.get(key, Column(key))
+    if key == 'macs' and max((row['macs'] for row in rows if row.get('macs') is not None), default=0) >= 1e8:
+        return column._replace(unit='G', scale=1e9)
+    return column
 
 
 def subnet_of(row: Row) -> Subnet | None:
@@ -80,12 +123,31 @@ def subnet_of(row: Row) -> Subnet | None:
     return Subnet(row['img_size'], row['keep_rate']) if row.get('keep_rate') is not None else None
 
 
+def difference(one: Results, other: Results) -> str:
+    """Return in what the networks of two results differ, or ``''``. Weights count where both depend on them."""
+    networks = [results.network or {'model': results.model} for results in (one, other)]
+    if bool(one.network) != bool(other.network):
+        return 'one of them does not say what its network is'
+    for key in dict.fromkeys([*networks[0], *networks[1]]):
+        values = [network.get(key, 'unknown') for network in networks]
+        if key == 'weights_kind' or values[0] == values[1] or (key == 'weights' and None in values):
+            continue
+        if key == 'weights':
+            values = [f'{value[:12]} ({network.get("weights_kind") or "raw"})'
+                      for value, network in zip(values, networks, strict=True)]
+        return f'{key} {" and ".join(map(str, values))}'
+    return ''
+
+
 def save_results(results: Results, folder: str | os.PathLike, name: str) -> list[Path]:
     """Write ``name.json`` and, for spreadsheets, the rows as ``name.csv`` to a folder; return their paths.
+
+    Partial results go to ``name-partial.json`` and ``.csv``, so that they never take the place of complete ones.
 
     Raises:
         OSError: If they cannot be written; a file of that name is then as it was.
     """
+    name += '-partial' if results.partial else ''
     paths = [Path(folder) / f'{name}.json', Path(folder) / f'{name}.csv']
     write_text(paths[0], json.dumps(asdict(results), indent=2) + '\n')
     write_text(paths[1], _to_csv(results.rows))
@@ -95,9 +157,14 @@ def save_results(results: Results, folder: str | os.PathLike, name: str) -> list
 def _to_csv(rows: Iterable[Row]) -> str:
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, columns, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
+    # Text in quotes, since some spreadsheets part cells at semicolons too.
+    writer = csv.writer(text, lineterminator='\n', quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(map(spreadsheet, columns))
+    for row in rows:
+        values = (row.get(key) for key in columns)
+        writer.writerow([
+            value if isinstance(value, (int, float)) else '' if value is None else spreadsheet(str(value))
+            for value in values])
     return text.getvalue()
 
 
@@ -109,12 +176,29 @@ def load_results(path: str | os.PathLike) -> Results:
         ValueError: If it holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
-        results = Results(**content)
-        for row in results.rows:
-            subnet_of(row)
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        return _check(json.loads(Path(path).read_text(encoding='utf-8')))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f'{path} holds no table of operating points; '
+            f'{path} holds no table of operating points ({error}); '
             f'give a JSON file that "supervit evaluate" or "supervit profile" wrote') from error
-    return results
+
+
+def _check(content: Any) -> Results:
+    if not (isinstance(content, dict) and {'model', 'rows'} <= content.keys() <= Results.__annotations__.keys()):
+        raise ValueError('there is no model with rows')
+    for key, kind in {'model': str, 'rows': list, 'info': dict, 'network': dict}.items():
+        if not isinstance(content.get(key, kind()), kind):
+            raise ValueError(f'{key} is {reprlib.repr(content[key])}')
+    for i, row in enumerate(content['rows']):
+        if not isinstance(row, dict):
+            raise ValueError(f'row {i} is {reprlib.repr(row)}')
+        if row.get('keep_rate') is not None:
+            check_img_size(row.get('img_size'))
+            check_keep_rate(row['keep_rate'])
+        elif not isinstance(row.get('model'), str):
+            raise ValueError(f'row {i} names neither a subnet nor a model')
+        for key, value in row.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
+            if key in COLUMNS and COLUMNS[key].digits is not None and value is not None and not is_number:
+                raise ValueError(f'row {i}: {key} is {reprlib.repr(value)} and no number from 0')
+    return Results(**content)

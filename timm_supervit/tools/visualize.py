@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet
-from .files import replace_file
-from .results import quantity_of
+from .evaluate import check_finite
+from .macs import count_macs
+from .pictures import save_picture
+from .results import column_of
 
 __all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image']
 
@@ -90,6 +92,7 @@ def find_kept_tokens(
         title: Name of the image.
 
     Raises:
+        RuntimeError: If a subnet's logits are not finite; the message names it.
         ValueError: If the model has no such subnet.
     """
     config: Any = model.pretrained_cfg
@@ -97,10 +100,12 @@ def find_kept_tokens(
     x = image.unsqueeze(0).to(next(model.parameters()).device)
     found = []
     for subnet in subnets:
-        probability, index = model(x, **subnet._asdict()).softmax(dim=1).max(dim=1)
+        logits = model(x, **subnet._asdict())
+        check_finite([logits], [subnet])
+        probability, index = logits.softmax(dim=1).max(dim=1)
         pixels = resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean  # [C, H, W]
         found.append(KeptTokens(
-            title, subnet, model.macs(subnet), class_name(model, int(index)), probability.item(),
+            title, subnet, count_macs(model, **subnet._asdict()), class_name(model, int(index)), probability.item(),
             pixels.clamp(0, 1).permute(1, 2, 0).numpy(),
             {block: _to_grid(patches[0].cpu(), model.grid_size(subnet.img_size))
              for block, patches in model.kept_patches(x, **subnet._asdict()).items()},
@@ -138,15 +143,14 @@ def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> No
         for cell, (title, image) in zip(cells, steps.items(), strict=False):
             cell.set_title(title, fontsize=11)
             cell.imshow(image, cmap='gray', vmin=0, vmax=1)  # the colour map is for images of one channel
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=200, format='png')
+    save_picture(figure, path)
 
 
 def _caption(row: KeptTokens) -> str:
-    cost = quantity_of([{'macs': row.macs}], 'macs')
+    cost = column_of([{'macs': row.macs}], 'macs')
     return (
         f'{row.title + ", " if row.title else ""}size {row.subnet.img_size}, keep rate {row.subnet.keep_rate:g}: '
-        f'{row.prediction} ({row.probability:.0%}) at {row.macs / cost.scale:.{cost.digits}f} {cost.title.split()[0]}')
+        f'{row.prediction} ({row.probability:.0%}) at {cost.text(row.macs)} {cost.unit}MACs')
 
 
 def _mask(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
