@@ -2,7 +2,6 @@ import base64
 import http.server
 import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -15,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from timm_supervit.cli import main
 from timm_supervit.tools import convert
-from timm_supervit.tools.convert import CheckpointError, convert_checkpoint, read_checkpoint
+from timm_supervit.tools.checkpoints import CheckpointError
+from timm_supervit.tools.convert import convert_checkpoint
 from timm_supervit.tools.results import Results
 
 SETTINGS = dict(embed_dim=48, depth=3, drop_layers=(1,), keep_rates=(0.4, 1.0), num_classes=7)
@@ -63,60 +63,6 @@ def test_a_bare_state_dict_is_converted_too(model, tmp_path, name):
     converted = load_file(tmp_path / 'hub' / 'model.safetensors')
     assert {path.name for path in (tmp_path / 'hub').iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
     assert all(torch.equal(converted[key], value) for key, value in model.state_dict().items())
-
-
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle'])
-def test_a_file_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path, form):
-    state = {'model': {'weight': torch.ones(2)}, 'extra': RunsCode(tmp_path / 'ran')}
-    path = tmp_path / 'evil.pth'
-    if form == 'pickle':
-        path.write_bytes(pickle.dumps(RunsCode(tmp_path / 'ran')))
-    else:
-        save(state, path, _use_new_zipfile_serialization=form == 'zip')
-    with pytest.raises(CheckpointError, match=r'evil\.pth was refused: .* reading it could run code'):
-        read_checkpoint(path)
-    assert not (tmp_path / 'ran').exists()
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-def emptied(path):
-    path.write_bytes(b'')
-
-
-def flipped(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-
-
-def text(path):
-    path.write_text('<html>Not found</html>')
-
-
-@pytest.mark.parametrize('damage', [truncated, emptied, flipped, text])
-def test_a_damaged_file_is_refused_by_name(model, tmp_path, damage):
-    path = save({'model': model.state_dict()}, tmp_path / 'checkpoint.pth')
-    damage(path)
-    with pytest.raises(CheckpointError, match=r'checkpoint\.pth .*damaged'):
-        read_checkpoint(path)
-
-
-def test_a_truncated_safetensors_file_is_refused_by_name(model, tmp_path):
-    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
-    truncated(tmp_path / 'weights.safetensors')
-    with pytest.raises(CheckpointError, match=r'weights\.safetensors .*damaged'):
-        read_checkpoint(tmp_path / 'weights.safetensors')
 
 
 @pytest.fixture

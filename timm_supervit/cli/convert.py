@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from .options import Command, create_model
+from .options import Command, create_model, show_weights
 
 __all__ = ['command']
 
@@ -43,7 +43,7 @@ def command(
     from ..tools.convert import convert_checkpoint, push_folder
     from ..tools.results import load_results
 
-    convert_checkpoint(
+    checkpoint = convert_checkpoint(
         file,
         create_model(model, pretrained=False, **settings),
         output,
@@ -51,6 +51,7 @@ def command(
         use_ema=use_ema,
         repo_id=push,
     )
+    show_weights(file, checkpoint)
     click.echo(output)
     if push:
         click.echo(push_folder(output, push))

@@ -5,6 +5,7 @@ was found out until then has been printed.
 """
 import argparse
 import pickle
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ __all__ = [
     'model_options',
     'output_option',
     'resolve_device',
+    'show_weights',
     'subnet_option',
 ]
 
@@ -126,7 +128,7 @@ def create_model(
         model_kwargs: tuple[str, ...] = (),
         pretrained: bool = True,
 ) -> Any:
-    """Create the SuperViT that ``model_options`` describe, in evaluation mode on the CPU.
+    """Create the SuperViT that ``model_options`` describe, in evaluation mode on the CPU; say which weights it has.
 
     Args:
         model: Name, as for ``timm.create_model``.
@@ -141,10 +143,10 @@ def create_model(
         RuntimeError: If there is no such model, or the weights do not fit it.
     """
     import timm
-    from timm.models import load_checkpoint
     from timm.utils import ParseKwargs
 
     from ..models.supervit import SuperVisionTransformer
+    from ..tools.checkpoints import load_checkpoint
 
     if pretrained and not checkpoint and timm.is_model(model) and not timm.models.is_model_pretrained(model):
         raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
@@ -155,8 +157,21 @@ def create_model(
     if not isinstance(network, SuperVisionTransformer):
         raise ValueError(f'{model} is no SuperViT; timm.list_models("supervit*") lists those that are')
     if checkpoint:
-        load_checkpoint(network, checkpoint, use_ema)
+        show_weights(checkpoint, load_checkpoint(network, checkpoint, use_ema))
     return network.eval()
+
+
+def show_weights(path: str, checkpoint: Any) -> None:
+    """Say on stderr which weights of a file were read, since a file may hold raw and averaged ones.
+
+    Args:
+        path: The file.
+        checkpoint: What was read of it.
+    """
+    averaged = checkpoint.entry.endswith('_ema')
+    others = [entry for entry in checkpoint.others if entry.endswith('_ema') != averaged]
+    also = f' (it also has {others[0]}; {"leaving out " * averaged}--use-ema reads that)' if others else ''
+    click.echo(f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}', err=True)
 
 
 def resolve_device(device: str | None) -> str:

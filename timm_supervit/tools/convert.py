@@ -1,69 +1,24 @@
 """Conversion of a checkpoint to a folder in the layout of the Hugging Face Hub, which timm creates models from.
 
-The checkpoint is the official SuperViT code's, timm's ``train.py``'s or a bare state dict. It is read with
-``weights_only``, so a file cannot run code. The folder holds ``model.safetensors``, ``config.json`` and a model card.
+The folder holds ``model.safetensors``, ``config.json`` and a model card.
 """
 import os
-import pickle
-import re
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
-from timm.models import load_state_dict, save_for_hf
+from timm.models import save_for_hf
 
 from ..models.supervit import SuperVisionTransformer
+from .checkpoints import Checkpoint, load_checkpoint
 from .files import check_output_folder
 from .results import Quantity, Results, quantity_of, subnet_of
 
-__all__ = ['CheckpointError', 'convert_checkpoint', 'model_card', 'push_folder', 'read_checkpoint']
+__all__ = ['convert_checkpoint', 'model_card', 'push_folder']
 
 FILES = {'README.md', 'config.json', 'model.safetensors'}  # what a converted folder holds
-
-
-class CheckpointError(RuntimeError):
-    """A file that holds no weights which can be read without running code."""
-
-
-def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Any]:
-    """Read the state dict of a checkpoint, and never run code that the file brings.
-
-    Args:
-        path: File of the official code (``model``, ``model_ema``), of timm (``state_dict``, ``state_dict_ema``), a bare
-            state dict, or safetensors.
-        use_ema: Take the averaged weights where the file has them.
-
-    Raises:
-        CheckpointError: If the file asks for code to be run, is damaged, or holds no state dict.
-        FileNotFoundError: If there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} is no file; give the checkpoint itself, as in output/train/model_best.pth.tar')
-    try:
-        if zipfile.is_zipfile(path):  # as torch.save writes; torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise CheckpointError(f'{path} is damaged: {damaged} fails its checksum; fetch or save the file again')
-        return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
-    except (CheckpointError, PermissionError):
-        raise
-    except Exception as error:  # what a broken file raises can be of any kind
-        if wanted := re.search(r'GLOBAL ([\w.]+)', str(error.__cause__)):
-            raise CheckpointError(
-                f'{path} was refused: beside weights it loads {wanted[1]}, and reading it could run code. '
-                f'Save the state dict alone where the file comes from: torch.save(model.state_dict(), ...)') from error
-        if isinstance(error.__cause__, pickle.UnpicklingError):
-            reason = 'it cannot be read as weights alone, and in any other way reading it could run code'
-        else:
-            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:120]}'
-        raise CheckpointError(
-            f'{path} was refused: it is damaged or no checkpoint ({reason}). '
-            f'It should hold a state dict, or one under "model" or "state_dict"') from error
 
 
 def convert_checkpoint(
@@ -73,7 +28,7 @@ def convert_checkpoint(
         results: Results | None = None,
         use_ema: bool = False,
         repo_id: str | None = None,
-) -> None:
+) -> Checkpoint:
     """Write a checkpoint as a folder for the Hub; ``timm.create_model('local-dir:FOLDER', pretrained=True)`` reads it.
 
     An older folder of this kind is replaced when the new one is complete.
@@ -86,6 +41,9 @@ def convert_checkpoint(
         use_ema: Take the averaged weights where the file has them.
         repo_id: Repository that the model card tells readers to load, ``user/name`` (default: the folder).
 
+    Returns:
+        What was read of the checkpoint.
+
     Raises:
         CheckpointError: If the weights cannot be read or do not fit the model.
         FileExistsError: If the folder holds anything else than an older conversion.
@@ -97,11 +55,7 @@ def convert_checkpoint(
     _check_replaceable(output_dir)
     check_output_folder(output_dir.parent)
     card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.name}', results)
-    state_dict = read_checkpoint(path, use_ema)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise CheckpointError(f'{path}: {error}') from error
+    checkpoint = load_checkpoint(model, path, use_ema)
     # Beside its final place, so that moving it is a renaming.
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix='.convert-') as folder:
         new = Path(folder) / 'new'
@@ -114,6 +68,7 @@ def convert_checkpoint(
         if output_dir.exists():
             os.replace(output_dir, Path(folder) / 'old')
         os.replace(new, output_dir)
+    return checkpoint
 
 
 def _check_replaceable(folder: Path) -> None:
