@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from .options import Command, create_model, show_weights
+from .options import Command, create_model, setting_options, show_weights
 
 __all__ = ['command']
 
@@ -16,10 +16,7 @@ __all__ = ['command']
 @click.option(
     '--results', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
     help='Results of "supervit evaluate" or "profile", for the model card.')
-@click.option('--use-ema', is_flag=True, help='Take the averaged weights of the checkpoint, if it has them.')
-@click.option('--num-classes', type=int, metavar='N', help='Number of classes, if not the model\'s own.')
-@click.option(
-    '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', help='Settings of the model, as in timm\'s scripts.')
+@setting_options
 def command(
         file: str,
         model: str,
