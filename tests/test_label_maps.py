@@ -132,8 +132,10 @@ def test_a_transform_that_labels_cannot_follow_is_refused(quarters: LabelMapData
 
 @pytest.mark.parametrize('content, message', [
     (torch.zeros(2, 5, 18), r'\(2, 5, 18\)'),
+    (torch.zeros(2, 0, 18, 18), r'\(2, 0, 18, 18\)'),
     ([1, 2], 'holds list'),
     (torch.full((2, 5, 18, 18), 10.), 'class 10, beyond num_classes=10'),
+    (torch.full((2, 5, 18, 18), -1.), 'class -1, beyond num_classes=10'),
 ])
 def test_a_file_that_holds_no_label_map_is_refused(quarters: LabelMapDataset, content: Any, message: str) -> None:
     torch.save(content, quarters.label_root / 'class0' / '0.pt')
@@ -141,7 +143,35 @@ def test_a_file_that_holds_no_label_map_is_refused(quarters: LabelMapDataset, co
         quarters[0]
 
 
-def test_a_label_map_is_never_run_as_code(quarters: LabelMapDataset) -> None:
-    torch.save(Path('anything but a tensor'), quarters.label_root / 'class0' / '0.pt')
-    with pytest.raises(Exception, match='weights_only'):
+class RunsCode:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.mkdir, (self.path,)
+
+
+def test_a_label_map_is_never_run_as_code(quarters: LabelMapDataset, tmp_path: Path) -> None:
+    torch.save(RunsCode(tmp_path / 'ran'), quarters.label_root / 'class0' / '0.pt')
+    with pytest.raises(ValueError, match=r'0\.pt .*weights_only'):
+        quarters[0]
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('size', [0, 20, 600, -1])
+def test_a_label_map_that_was_cut_short_is_named(quarters: LabelMapDataset, size: int) -> None:
+    path = quarters.label_root / 'class0' / '0.pt'
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r'class0/0\.pt cannot be read as a label map'):
+        quarters[0]
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
+@pytest.mark.parametrize('part', [0, 1])
+def test_a_label_map_that_is_not_finite_is_named(quarters: LabelMapDataset, value: float, part: int) -> None:
+    path = quarters.label_root / 'class0' / '0.pt'
+    label_map = torch.load(path)
+    label_map[part, 2, 5, 7] = value
+    torch.save(label_map, path)
+    with pytest.raises(ValueError, match=r'class0/0\.pt holds scores or classes that are not finite'):
         quarters[0]

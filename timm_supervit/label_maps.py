@@ -86,7 +86,8 @@ class LabelMapDataset(Dataset):
 
         Raises:
             FileNotFoundError: If the image has no label map.
-            ValueError: If its label map has another shape, or a class beyond ``num_classes``.
+            ValueError: If its label map is damaged or not finite, or has another shape or a class beyond
+                ``num_classes``.
         """
         image, target = self.dataset[index]
         crop, flips = (0., 0., 1., 1.), []
@@ -124,13 +125,22 @@ class LabelMapDataset(Dataset):
 
     def _read_map(self, path: Path) -> Tensor:
         """Read a label map as scores [num_classes, H, H], 0 for the classes that are not in it."""
-        label_map = torch.load(path, map_location='cpu', weights_only=True)
+        try:
+            label_map = torch.load(path, map_location='cpu', weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # what a broken file raises can be of any kind
+            raise ValueError(f'{path} cannot be read as a label map, with weights_only so that it runs no code '
+                             f'({type(error).__name__}: {str(error)[:80]}); fetch it again') from error
         shape = tuple(getattr(label_map, 'shape', ()))
-        if len(shape) != 4 or shape[0] != 2 or shape[2] != shape[3]:
+        if len(shape) != 4 or shape[0] != 2 or shape[2] != shape[3] or 0 in shape:
             raise ValueError(f'{path} holds {type(label_map).__name__} {shape} and no label map [2, K, H, H] of scores '
                              f'and class indices')
+        if not label_map.isfinite().all():
+            raise ValueError(f'{path} holds scores or classes that are not finite; fetch it again')
         scores, classes = label_map[0].float(), label_map[1].long()
-        if classes.min() < 0 or classes.max() >= self.num_classes:
-            raise ValueError(f'{path} names class {int(classes.max())}, beyond num_classes={self.num_classes}; '
+        strange = classes[(classes < 0) | (classes >= self.num_classes)]
+        if len(strange):
+            raise ValueError(f'{path} names class {int(strange[0])}, beyond num_classes={self.num_classes}; '
                              f'create the data set with the num_classes of its label maps')
         return scores.new_zeros(self.num_classes, *shape[2:]).scatter_(0, classes, scores)

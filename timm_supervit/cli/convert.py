@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from .options import Command, create_model
+from .options import Command, create_model, setting_options, show_weights
 from .stdout import echo
 
 __all__ = ['command']
@@ -17,10 +17,7 @@ __all__ = ['command']
 @click.option(
     '--results', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
     help='Results of "supervit evaluate" or "profile", for the model card.')
-@click.option('--use-ema', is_flag=True, help='Take the averaged weights of the checkpoint, if it has them.')
-@click.option('--num-classes', type=int, metavar='N', help='Number of classes, if not the model\'s own.')
-@click.option(
-    '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', help='Settings of the model, as in timm\'s scripts.')
+@setting_options
 def command(
         file: str,
         model: str,
@@ -34,7 +31,8 @@ def command(
 
     FILE is a checkpoint of the official SuperViT code or of timm's train.py. The folder holds the weights in the
     safetensors format, the settings and a model card; timm.create_model('local-dir:DIR', pretrained=True) reads it.
-    A file that is more than weights, and so could run code, is refused.
+    A file that is more than weights, and so could run code, is refused. A folder that this command wrote is replaced,
+    unless it was changed since.
 
     \b
     Example:
@@ -44,7 +42,7 @@ def command(
     from ..tools.convert import convert_checkpoint, push_folder
     from ..tools.results import load_results
 
-    convert_checkpoint(
+    checkpoint = convert_checkpoint(
         file,
         create_model(model, pretrained=False, **settings),
         output,
@@ -52,6 +50,7 @@ def command(
         use_ema=use_ema,
         repo_id=push,
     )
+    show_weights(file, checkpoint)
     echo(output)
-    if push:
+    if push is not None:
         echo(push_folder(output, push))

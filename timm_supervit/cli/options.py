@@ -1,10 +1,19 @@
 """What the subcommands share: arguments and options as in timm's scripts, and exit codes that scripts can rely on.
 
-0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted; what
-was found out until then has been printed. 141: nobody read stdout to its end; what --output names is complete.
+0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted, by
+Ctrl-C or SIGTERM; what was found out until then has been printed. 141: nobody read stdout to its end; what --output
+names is complete.
 """
 import argparse
+import contextlib
+import difflib
+import inspect
 import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,11 +29,14 @@ __all__ = [
     'model_options',
     'output_option',
     'resolve_device',
+    'setting_options',
+    'show_weights',
     'subnet_option',
     'weights_kind',
 ]
 
 INTERRUPTED = 130
+_WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number'}
 _EXTRA = {'click', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'rich', 'sklearn'}
 
 
@@ -49,19 +61,37 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what users can mend into a message."""
         try:
-            return super().invoke(ctx)
+            with _interrupt_on_sigterm():
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # RuntimeErrors too, but no failures
             raise
         except ModuleNotFoundError as error:
-            if (error.name or '').partition('.')[0] not in _EXTRA:
+            package = (error.name or '').partition('.')[0]
+            if package in ('', __name__.partition('.')[0]):
                 raise
-            raise click.ClickException(
-                f'{error.name} is missing; install the extra "tools": pip install "timm-supervit[tools]"') from error
+            remedy = f'it: pip install {package}'  # what timm reads some data sets with, above all
+            if package in _EXTRA:
+                remedy = 'the extra "tools": pip install "timm-supervit[tools]"'
+            raise click.ClickException(f'{error.name} is missing; install {remedy}') from error
         except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise click.ClickException(str(error) or type(error).__name__) from error
         except KeyboardInterrupt:
             click.echo('Interrupted.', err=True)
             ctx.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, of ``kill`` and batch systems, be what Ctrl-C is, so that commands clear up."""
+    is_main = threading.current_thread() is threading.main_thread()  # the one that may set handlers
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class SubnetType(click.ParamType):
@@ -79,11 +109,14 @@ class SubnetType(click.ParamType):
             self.fail(f'{value!r} is no subnet SIZE:RATE, as in 160:0.7{reason}', param, ctx)
 
 
-def _check_model_kwargs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    for value in values:
-        if '=' not in value:
-            raise click.BadParameter(f'{value!r} is not KEY=VALUE, as in keep_rate=0.7', ctx, param)
-    return values
+def _check_pairs(pairs: tuple[str, ...]) -> tuple[str, ...]:
+    keys = [pair.partition('=')[0] for pair in pairs]
+    for key, pair in zip(keys, pairs, strict=True):
+        if '=' not in pair:
+            raise click.BadParameter(f'{pair!r} is not KEY=VALUE, as in keep_rate=0.7')
+        if keys.count(key) > 1:
+            raise click.BadParameter(f'{key} is given more than once; give it once')
+    return pairs
 
 
 def _chain(*decorators: Any) -> Any:
@@ -95,16 +128,20 @@ def _chain(*decorators: Any) -> Any:
     return decorate
 
 
+setting_options = _chain(
+    click.option('--use-ema', is_flag=True, help='Take the averaged weights of the checkpoint, if it has them.'),
+    click.option(
+        '--num-classes', type=click.IntRange(0), metavar='N', help='Number of classes, if not the model\'s own.'),
+    click.option(
+        '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', help='Settings of the model, as in timm\'s scripts.',
+        callback=lambda ctx, param, pairs: _check_pairs(pairs)),
+)
 model_options = _chain(
     click.argument('model'),
     click.option(
         '--checkpoint', type=click.Path(exists=True, dir_okay=False), metavar='PATH',
         help='Weights to load (default: the pretrained ones, if there are).'),
-    click.option('--use-ema', is_flag=True, help='Take the averaged weights of the checkpoint, if it has them.'),
-    click.option('--num-classes', type=int, metavar='N', help='Number of classes, if not the model\'s own.'),
-    click.option(
-        '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', callback=_check_model_kwargs,
-        help='Settings of the model, as in timm\'s scripts.'),
+    setting_options,
 )
 device_option = click.option(
     '--device', metavar='NAME', help='Device to run on (default: cuda if there is one, or cpu).')
@@ -128,7 +165,7 @@ def create_model(
         model_kwargs: tuple[str, ...] = (),
         pretrained: bool = True,
 ) -> Any:
-    """Create the SuperViT that ``model_options`` describe, in evaluation mode on the CPU.
+    """Create the SuperViT that ``model_options`` describe, in evaluation mode on the CPU; say which weights it has.
 
     Args:
         model: Name, as for ``timm.create_model``.
@@ -139,32 +176,88 @@ def create_model(
         pretrained: Without a checkpoint, load the model's pretrained weights.
 
     Raises:
-        ValueError: If it is no SuperViT.
-        RuntimeError: If there is no such model, or the weights do not fit it.
+        click.UsageError: If there is no such setting, or it is given twice.
+        ModuleNotFoundError: If the model needs a package that is missing.
+        RuntimeError: If the weights cannot be read or do not fit.
+        ValueError: If it is no SuperViT, or cannot be created with these settings.
     """
     import timm
-    from timm.models import load_checkpoint
     from timm.utils import ParseKwargs
 
     from ..models.supervit import SuperVisionTransformer
+    from ..tools.checkpoints import load_checkpoint
 
     if pretrained and not checkpoint and timm.is_model(model) and not timm.models.is_model_pretrained(model):
         raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
-    namespace = argparse.Namespace()
-    ParseKwargs([], 'model_kwargs')(argparse.ArgumentParser(), namespace, model_kwargs)
-    network = timm.create_model(
-        model, pretrained=pretrained and not checkpoint, num_classes=num_classes, **namespace.model_kwargs)
+    if num_classes is not None:
+        model_kwargs = _check_pairs((*model_kwargs, f'num_classes={num_classes}'))
+    given = ' '.join(model_kwargs)
+    try:
+        namespace = argparse.Namespace()
+        ParseKwargs([], 'model_kwargs')(argparse.ArgumentParser(), namespace, model_kwargs)
+        _check_settings(namespace.model_kwargs)
+        network = timm.create_model(model, pretrained=pretrained and not checkpoint, **namespace.model_kwargs)
+    except (click.UsageError, ImportError):
+        raise
+    except Exception as error:  # what settings and files of any content raise can be of any kind
+        raise ValueError(f'{model} cannot be created{" with " * bool(given)}{given}: {_reason(error)}') from error
     if not isinstance(network, SuperVisionTransformer):
         raise ValueError(f'{model} is no SuperViT; timm.list_models("supervit*") lists those that are')
     if checkpoint:
-        load_checkpoint(network, checkpoint, use_ema)
+        show_weights(checkpoint, load_checkpoint(network, checkpoint, use_ema))
     return network.eval()
 
 
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings that no SuperViT has, and words where numbers, True or False belong; "false" would be true."""
+    from ..models.lvvit import SuperLVViT
+
+    known: dict[str, inspect.Parameter] = {}
+    for cls in reversed(SuperLVViT.__mro__[:-1]):  # it, the other SuperViTs and timm's ViT; not ``object``
+        known |= inspect.signature(cls).parameters
+    names = known.keys() - {'args', 'kwargs'}
+    for name, value in settings.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            remedy = f'did you mean {near[0]}?' if near else f'it has {", ".join(sorted(names))}'
+            raise click.BadParameter(f'SuperViT has no setting {name!r}; {remedy}', param_hint='--model-kwargs')
+        wanted = _WORDS.get(type(known[name].default))
+        if wanted and isinstance(value, str):
+            raise click.BadParameter(f'{name}={value} should be {wanted}', param_hint='--model-kwargs')
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, AssertionError) and not str(error):  # the condition says what would have been right
+        return str(traceback.extract_tb(error.__traceback__)[-1].line)
+    text = ' '.join(str(error).split())[:300]
+    clear = isinstance(error, (AssertionError, OSError, RuntimeError)) or type(error) is ValueError
+    return text if clear and text else f'{type(error).__name__}: {text}'
+
+
+def show_weights(path: str, checkpoint: Any) -> None:
+    """Say on stderr which weights of a file were read, since a file may hold raw and averaged ones.
+
+    Args:
+        path: The file.
+        checkpoint: What was read of it.
+    """
+    averaged = checkpoint.entry.endswith('_ema')
+    others = [entry for entry in checkpoint.others if entry.endswith('_ema') != averaged]
+    also = f' (it also has {others[0]}; {"leaving out " * averaged}--use-ema reads that)' if others else ''
+    click.echo(f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}', err=True)
+
+
 def resolve_device(device: str | None) -> str:
-    """Return the device to run on: the given one, or a CUDA device if there is one, or the CPU."""
+    """Return the device to run on: the given one, or a CUDA device if there is one, or the CPU.
+
+    Raises:
+        RuntimeError: If torch knows no such device.
+        ValueError: If it is a CUDA device and there is none.
+    """
     import torch
 
+    if not torch.cuda.is_available() and torch.device(device or 'cpu').type == 'cuda':
+        raise ValueError(f'--device {device}: torch finds no CUDA device; leave it out or use cpu')
     return device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 

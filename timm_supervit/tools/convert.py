@@ -1,71 +1,29 @@
 """Conversion of a checkpoint to a folder in the layout of the Hugging Face Hub, which timm creates models from.
 
-The checkpoint is the official SuperViT code's, timm's ``train.py``'s or a bare state dict. It is read with
-``weights_only``, so a file cannot run code. The folder holds ``model.safetensors``, ``config.json`` and a model card.
+The folder holds ``model.safetensors``, ``config.json`` and a model card.
 """
+import hashlib
 import os
-import pickle
-import re
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from timm.models import load_state_dict, save_for_hf
+from timm.models import save_for_hf
 
 from ..models.supervit import SuperVisionTransformer
-from .files import check_output_folder
+from .checkpoints import Checkpoint, load_checkpoint
+from .files import TEMPORARY, fill_folder
 from .fingerprint import fingerprint
 from .results import Results, column_of, difference, subnet_of
 from .text import markdown
 
-__all__ = ['CheckpointError', 'convert_checkpoint', 'model_card', 'push_folder', 'read_checkpoint']
+__all__ = ['convert_checkpoint', 'model_card', 'push_folder']
 
 FILES = {'README.md', 'config.json', 'model.safetensors'}  # what a converted folder holds
 
-
-class CheckpointError(RuntimeError):
-    """A file that holds no weights which can be read without running code."""
-
-
-def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Any]:
-    """Read the state dict of a checkpoint, and never run code that the file brings.
-
-    Args:
-        path: File of the official code (``model``, ``model_ema``), of timm (``state_dict``, ``state_dict_ema``), a bare
-            state dict, or safetensors.
-        use_ema: Take the averaged weights where the file has them.
-
-    Raises:
-        CheckpointError: If the file asks for code to be run, is damaged, or holds no state dict.
-        FileNotFoundError: If there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} is no file; give the checkpoint itself, as in output/train/model_best.pth.tar')
-    try:
-        if zipfile.is_zipfile(path):  # as torch.save writes; torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise CheckpointError(f'{path} is damaged: {damaged} fails its checksum; fetch or save the file again')
-        return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
-    except (CheckpointError, PermissionError):
-        raise
-    except Exception as error:  # what a broken file raises can be of any kind
-        if wanted := re.search(r'GLOBAL ([\w.]+)', str(error.__cause__)):
-            raise CheckpointError(
-                f'{path} was refused: beside weights it loads {wanted[1]}, and reading it could run code. '
-                f'Save the state dict alone where the file comes from: torch.save(model.state_dict(), ...)') from error
-        if isinstance(error.__cause__, pickle.UnpicklingError):
-            reason = 'it cannot be read as weights alone, and in any other way reading it could run code'
-        else:
-            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:120]}'
-        raise CheckpointError(
-            f'{path} was refused: it is damaged or no checkpoint ({reason}). '
-            f'It should hold a state dict, or one under "model" or "state_dict"') from error
+_SEAL = b'\n<!-- Written by supervit convert. SHA-256 of this folder: %s -->\n'  # ends the card of a converted folder
 
 
 def convert_checkpoint(
@@ -75,10 +33,10 @@ def convert_checkpoint(
         results: Results | None = None,
         use_ema: bool = False,
         repo_id: str | None = None,
-) -> None:
+) -> Checkpoint:
     """Write a checkpoint as a folder for the Hub; ``timm.create_model('local-dir:FOLDER', pretrained=True)`` reads it.
 
-    An older folder of this kind is replaced when the new one is complete.
+    An older folder of this kind is replaced when the new one is complete, unless it was changed since.
 
     Args:
         path: The checkpoint, see ``read_checkpoint``.
@@ -88,46 +46,72 @@ def convert_checkpoint(
         use_ema: Take the averaged weights where the file has them.
         repo_id: Repository that the model card tells readers to load, ``user/name`` (default: the folder).
 
+    Returns:
+        What was read of the checkpoint.
+
     Raises:
         CheckpointError: If the weights cannot be read or do not fit the model.
-        FileExistsError: If the folder holds anything else than an older conversion.
+        FileExistsError: If the folder holds anything else than an older conversion as it was written.
         FileNotFoundError: If there is no such checkpoint.
         OSError: If the folder cannot be written.
-        ValueError: If the results are those of another model or of an interrupted run.
+        ValueError: If the results are those of another model or of an interrupted run, or the repository is none.
     """
+    if repo_id is not None:
+        _check_repo_id(repo_id)
     output_dir = Path(output_dir)
-    _check_replaceable(output_dir)
-    check_output_folder(output_dir.parent)
-    card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.name}', results)
-    state_dict = read_checkpoint(path, use_ema)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise CheckpointError(f'{path}: {error}') from error
-    if results is not None and (found := difference(results, Results('', [], network=fingerprint(model)))):
-        raise ValueError(f'these results are of another network than {path}: {found}; evaluate the checkpoint itself')
-    # Beside its final place, so that moving it is a renaming.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix='.convert-') as folder:
-        new = Path(folder) / 'new'
+    with fill_folder(output_dir) as folder:
+        _check_replaceable(output_dir)
+        card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.resolve().name}', results)
+        checkpoint = load_checkpoint(model, path, use_ema)
+        if results is not None and (found := difference(results, Results('', [], network=fingerprint(model)))):
+            raise ValueError(
+                f'these results are of another network than {path}: {found}; evaluate the checkpoint itself')
         try:
             # The tag of the variant names where its default weights come from, which are not these.
-            save_for_hf(model, str(new), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
-            card.save(new / 'README.md')
+            save_for_hf(model, str(folder), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
+            card.save(folder / 'README.md')
+            content = (folder / 'README.md').read_bytes()
+            (folder / 'README.md').write_bytes(content + _SEAL % _checksum(folder, content))
         except (OSError, SafetensorError) as error:  # a full disk, above all
             raise OSError(f'{error}: {output_dir} was not written and is as it was') from error
-        if output_dir.exists():
-            os.replace(output_dir, Path(folder) / 'old')
-        os.replace(new, output_dir)
+    return checkpoint
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        if '/' not in repo_id:
+            raise ValueError('a name without a user')
+    except ValueError as error:
+        raise ValueError(f'{repo_id!r} is no repository USER/NAME to push to ({error})') from error
 
 
 def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f'{folder} is a file; choose a folder that is new or holds an older conversion')
-    others = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
-    if others:
+    """Refuse a folder whose files are not all as ``convert_checkpoint`` wrote them."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)}
+    names -= {'lost+found'}  # in the root of a mounted disk
+    if names and not (names == FILES and _is_sealed(folder)):
+        shown = sorted(names - FILES) or sorted(names)
         raise FileExistsError(
-            f'{folder} holds {", ".join(others[:3])}{", ..." if len(others) > 3 else ""}, which would be lost; '
-            f'choose a folder that is new or holds an older conversion')
+            f'{folder} holds {", ".join(shown[:3])}{", ..." if len(shown) > 3 else ""}, which would be lost; '
+            f'choose a folder that is new or holds an older conversion that was not changed since')
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        written = (folder / 'README.md').read_bytes()
+        content = written.rpartition(_SEAL.partition(b'%s')[0])[0]
+        return written == content + _SEAL % _checksum(folder, content)
+    except OSError:
+        return False
+
+
+def _checksum(folder: Path, card: bytes) -> bytes:
+    """Return the SHA-256 of a folder's files, with this content of the model card."""
+    digest = hashlib.sha256(card)
+    for name in sorted(FILES - {'README.md'}):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest().encode()
 
 
 def model_card(model: SuperVisionTransformer, source: str, results: Results | None = None) -> ModelCard:
@@ -204,7 +188,9 @@ def push_folder(folder: str | os.PathLike, repo_id: str) -> str:
     api = HfApi(library_name='timm-supervit')
     try:
         repo = api.create_repo(repo_id, exist_ok=True)
-        return api.upload_folder(repo_id=repo.repo_id, folder_path=str(folder), commit_message='Add model').commit_url
+        commit = api.upload_folder(
+            repo_id=repo.repo_id, folder_path=str(folder), allow_patterns=sorted(FILES), commit_message='Add model')
+        return commit.commit_url
     except Exception as error:  # the kinds differ between versions of huggingface_hub and the HTTP clients under it
         raise RuntimeError(
             f'{folder} is complete but was not uploaded to {repo_id} ({type(error).__name__}: {error}); '

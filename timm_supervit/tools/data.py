@@ -70,11 +70,18 @@ def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validati
 
     Raises:
         FileNotFoundError: If there is no such folder.
+        ModuleNotFoundError: If the package that reads this kind is missing.
         RuntimeError: If it holds no image.
+        ValueError: If there is no such kind of data set, or it needs a folder.
     """
     if not dataset and not (data_dir and os.path.exists(data_dir)):
         raise FileNotFoundError(f'the folder of images {data_dir!r} does not exist; give another with --data-dir')
-    return create_dataset(dataset, root=data_dir, split=split)
+    try:
+        return create_dataset(dataset, root=data_dir, split=split)
+    except (AssertionError, KeyError, TypeError) as error:  # of timm's or torchvision's, for a name, folder or split
+        raise ValueError(
+            f'data set {dataset!r} cannot be opened from {data_dir!r} ({type(error).__name__}: {error}); '
+            f'check --dataset, --data-dir and --split') from error
 
 
 def create_evaluation_loader(

@@ -60,7 +60,7 @@ def read_image(path: str | os.PathLike, model: SuperVisionTransformer) -> Tensor
     try:
         with Image.open(path) as image:
             return transform(image.convert('L' if model.in_chans == 1 else 'RGB'))
-    except (OSError, SyntaxError) as error:  # the latter from broken PNG files
+    except Exception as error:  # Pillow raises more: SyntaxError, struct.error, DecompressionBombError, ...
         raise OSError(f'{os.fspath(path)} cannot be read as an image: {error}') from error
 
 
