@@ -109,24 +109,26 @@ def write_program(network: nn.Module, images: Tensor, path: str | os.PathLike, f
         format: ``onnx`` or ``pt2``.
     """
     shapes = ({0: torch.export.Dim('batch', min=1)},)
-    with torch.no_grad():
-        program = torch.export.export(network, (images,), dynamic_shapes=shapes)
     if format == 'pt2':
+        with torch.no_grad():
+            program = torch.export.export(network, (images,), dynamic_shapes=shapes)
         # By way of memory: on a full disk torch's own writer ends the process.
         content = io.BytesIO()
         torch.export.save(program, content)
         Path(path).write_bytes(content.getbuffer())
         return
-    torch.onnx.export(
-        program,
-        f=path,
-        dynamo=True,
-        dynamic_shapes=shapes,  # once more, for the name of the dimension
-        input_names=['image'],
-        output_names=['logits'],
-        external_data=False,
-        verbose=False,
-    )
+    with torch.no_grad():
+        torch.onnx.export(
+            network,
+            (images,),
+            f=path,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=['image'],
+            output_names=['logits'],
+            external_data=False,
+            verbose=False,
+        )
 
 
 def load_program(path: str | os.PathLike, device: torch.device | str = 'cpu') -> Callable[[Tensor], Tensor]:
