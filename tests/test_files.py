@@ -1,11 +1,13 @@
 """Writing files: the old ones or the new ones and nothing else, whatever happens and whoever else writes there."""
 import errno
 import os
+import random
 import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -196,19 +198,35 @@ def test_sigterm_clears_up_as_ctrl_c_does(tmp_path, monkeypatch):
 # Several at once
 
 
-def test_of_two_processes_that_fill_a_folder_at_once_one_whole_result_is_there(tmp_path):
-    code = 'for i in range(50):\n    fill(f"{sys.argv[2]} {i}")'
-    for start in range(3):
-        folder = tmp_path / str(start)
-        processes = [run(code, folder, i) for i in range(2)]
-        assert [process.wait() for process in processes] == [0, 0]
-        assert contents(folder) in [dict.fromkeys(NAMES, f'{i} 49') for i in range(2)]
+def test_of_several_processes_that_fill_a_folder_at_once_one_whole_result_is_there(tmp_path):
+    code = (
+        'import random\n'
+        'replace = os.replace\n'
+        'os.replace = lambda *args: (time.sleep(random.random() / 20), replace(*args))\n'  # others may come between
+        'print(flush=True)\n'
+        'for folder in sys.argv[2:]:\n'
+        '    input()\n'
+        '    fill(sys.argv[1])\n'
+        '    print(flush=True)\n')
+    folders = [tmp_path / str(i) for i in range(6)]
+    processes = [run(code, writer, *folders) for writer in range(4)]
+    for folder in (None, *folders):
+        for process in processes:
+            assert process.stdout.readline() == '\n'
+            if folder != folders[-1]:
+                process.stdin.write('\n')
+                process.stdin.flush()
+        assert folder is None or contents(folder) in [dict.fromkeys(NAMES, str(writer)) for writer in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
 
 
-def test_of_two_threads_too(tmp_path):
-    threads = [threading.Thread(target=lambda i=i: [fill(tmp_path, str(i)) for _ in range(20)]) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert contents(tmp_path) in [dict.fromkeys(NAMES, str(i)) for i in range(4)]
+def test_of_several_threads_too(tmp_path, monkeypatch):
+    replace = os.replace
+    monkeypatch.setattr(os, 'replace', lambda *args: (time.sleep(random.random() / 50), replace(*args)))
+    for folder in (tmp_path / str(i) for i in range(6)):
+        threads = [threading.Thread(target=fill, args=(folder, str(writer))) for writer in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert contents(folder) in [dict.fromkeys(NAMES, str(writer)) for writer in range(4)]
