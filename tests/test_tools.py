@@ -71,7 +71,6 @@ def test_a_really_full_disk_is_reported(tmp_path):
     path = tmp_path / 'table.json'
     write_text(path, 'good')
     with pytest.raises(OSError, match='No space left on device'), replace_file(path) as temporary:
-        temporary.unlink()
         temporary.symlink_to('/dev/full')
         temporary.write_text('half of it')
     assert path.read_text() == 'good'

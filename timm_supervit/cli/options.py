@@ -1,13 +1,17 @@
 """What the subcommands share: arguments and options as in timm's scripts, and exit codes that scripts can rely on.
 
-0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted; what
-was found out until then has been printed.
+0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted, by
+Ctrl-C or SIGTERM; what was found out until then has been printed.
 """
 import argparse
+import contextlib
 import difflib
 import inspect
 import pickle
+import signal
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +58,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what users can mend into a message."""
         try:
-            return super().invoke(ctx)
+            with _interrupt_on_sigterm():
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # RuntimeErrors too, but no failures
             raise
         except ModuleNotFoundError as error:
@@ -70,6 +75,20 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo('Interrupted.', err=True)
             ctx.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, of ``kill`` and batch systems, be what Ctrl-C is, so that commands clear up."""
+    is_main = threading.current_thread() is threading.main_thread()  # the one that may set handlers
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class SubnetType(click.ParamType):
