@@ -1,15 +1,15 @@
-import base64
-import http.server
-import json
+import hashlib
 import os
+import shutil
+import stat
 import subprocess
 import sys
-import threading
 
 import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from hub_server import COMMIT, hub_environment, serve
 from safetensors.torch import load_file, save_file
 
 from timm_supervit.cli import main
@@ -110,6 +110,116 @@ def test_a_folder_with_other_files_is_not_replaced(model, tmp_path):
     assert path.is_file()
 
 
+def write_model_of_another(folder):
+    shutil.rmtree(folder)
+    timm.models.save_for_hf(other_model(), str(folder), safe_serialization=True)
+    (folder / 'README.md').write_text('# Mine')
+
+
+def edit_card(folder):
+    (folder / 'README.md').write_text((folder / 'README.md').read_text().replace('## Use', '## How I use it'))
+
+
+def append_to_card(folder):
+    with (folder / 'README.md').open('a') as file:
+        file.write('One more line.')
+
+
+def edit_config(folder):
+    (folder / 'config.json').write_text((folder / 'config.json').read_text() + '\n')
+
+
+def train_on(folder):
+    save_file(load_file(folder / 'model.safetensors') | {'head.bias': torch.ones(7)}, folder / 'model.safetensors')
+
+
+def remove_card(folder):
+    (folder / 'README.md').unlink()
+
+
+@pytest.mark.parametrize(
+    'change', [write_model_of_another, edit_card, append_to_card, edit_config, train_on, remove_card])
+def test_a_folder_of_the_same_file_names_is_not_replaced_if_it_is_not_as_it_was_written(model, older, change):
+    change(older)
+    before = contents(older)
+    with pytest.raises(FileExistsError, match='which would be lost'):
+        convert_checkpoint(older.parent / 'older.pth', model, older)
+    assert contents(older) == before
+
+
+def test_the_folder_is_tried_before_the_checkpoint_is_read(model, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match=r"cannot write to the folder '.*file/hub'"):
+        convert_checkpoint(tmp_path / 'there is none.pth', model, tmp_path / 'file' / 'hub')
+
+
+def test_a_failed_conversion_leaves_no_folder_behind(model, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        convert_checkpoint(tmp_path / 'there is none.pth', model, tmp_path / 'hub')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_behind_a_symbolic_link_is_replaced_and_the_link_stays(model, older, tmp_path):
+    (tmp_path / 'link').symlink_to(older)
+    new = other_model().state_dict()
+    convert_checkpoint(save(new, tmp_path / 'new.pth'), model, tmp_path / 'link')
+    assert (tmp_path / 'link').is_symlink()
+    assert load_file(older / 'model.safetensors')['cls_token'].equal(new['cls_token'])
+
+
+def test_the_files_have_the_permissions_of_any_new_file(model, tmp_path):
+    old = os.umask(0o027)
+    try:
+        convert_checkpoint(save(model.state_dict(), tmp_path / 'checkpoint.pth'), model, tmp_path / 'hub')
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / 'hub').iterdir()} == {0o640}
+
+
+ON_A_SMALL_DISK = """
+import os, shutil, sys
+import timm, torch
+from timm_supervit.tools.convert import convert_checkpoint
+hub = sys.argv[1]
+def convert(seed):
+    torch.manual_seed(seed)
+    model = timm.create_model("supervit_digits", embed_dim=48, depth=3, drop_layers=(1,))
+    torch.save(model.state_dict(), sys.argv[2])
+    convert_checkpoint(sys.argv[2], timm.create_model("supervit_digits", embed_dim=48, depth=3, drop_layers=(1,)), hub)
+    return model.cls_token
+def read():
+    return timm.create_model("local-dir:" + hub, pretrained=True).cls_token
+os.mkdir(hub + "/lost+found")
+assert convert(1).equal(read())
+new = convert(2)
+assert new.equal(read())
+with open(hub + "/lost+found/full", "wb") as file:
+    file.write(bytes(shutil.disk_usage(hub).free - 100_000))
+try:
+    convert(3)
+except OSError as error:
+    assert "is as it was" in str(error), error
+else:
+    raise AssertionError("the disk was not full")
+assert new.equal(read())
+assert sorted(os.listdir(hub)) == ["README.md", "config.json", "lost+found", "model.safetensors"]
+"""
+
+
+def test_convert_replaces_its_folder_on_a_mounted_disk_and_a_full_one_leaves_it_as_it_was(tmp_path):
+    (tmp_path / 'hub').mkdir()
+    # In a namespace of its own, where users may mount: the folder, then what to run.
+    mount = 'folder=$1; shift; mount -t tmpfs -o size=4m none "$folder" && exec "$@"'
+    mounted = ['unshare', '-rm', 'sh', '-c', mount, 'sh', tmp_path / 'hub']
+    if not shutil.which('unshare') or subprocess.run([*mounted, 'true'], capture_output=True).returncode:
+        pytest.skip('no file system can be mounted here')
+    result = subprocess.run(
+        [*mounted, sys.executable, '-c', ON_A_SMALL_DISK, tmp_path / 'hub', tmp_path / 'checkpoint.pth'],
+        capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / 'hub').iterdir()) == []
+
+
 def results_of(network, **changes):
     rows = [dict(img_size=s.img_size, keep_rate=s.keep_rate, macs=network.macs(s), top1=50. + i)
             for i, s in enumerate(network.subnets)]
@@ -137,63 +247,50 @@ def test_results_that_are_not_the_models_are_refused(model, change, message):
         convert.model_card(model, 'local-dir:net', results_of(model, **change))
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as an upload of small files needs."""
-
-    committed: dict[str, bytes] = {}
-
-    def do_POST(self):
-        address = f'http://{self.headers["host"]}/someone/net'
-        body = self.rfile.read(int(self.headers.get('content-length') or 0))
-        answer = {}
-        if self.path == '/api/repos/create':
-            answer = {'url': address, 'id': '1'}
-        elif '/preupload/' in self.path:
-            answer = {'files': [
-                {'path': file['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
-                for file in json.loads(body)['files']]}
-        elif '/commit/' in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line['key'] == 'file':
-                    self.committed[line['value']['path']] = base64.b64decode(line['value']['content'])
-            answer = {'commitUrl': f'{address}/commit/1', 'commitOid': '1', 'hookOutput': ''}
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header('content-type', 'application/json')
-        self.send_header('content-length', str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST  # noqa: N815
-
-    def log_message(self, *args):
-        pass
-
-
-def run_push(folder, address, home):
-    code = 'import sys; from timm_supervit.tools.convert import push_folder; print(push_folder(*sys.argv[1:]))'
-    environment = {**os.environ, 'HF_ENDPOINT': address, 'HF_TOKEN': 'token', 'HF_HOME': str(home)}
+def run_push(address, home, **folders):
+    code = (
+        'import sys\n'
+        'from timm_supervit.tools.convert import push_folder\n'
+        'for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):\n'
+        '    print(push_folder(folder, f"someone/{name}"))\n')
+    arguments = [str(item) for pair in folders.items() for item in pair]
     return subprocess.run(
-        [sys.executable, '-c', code, folder, 'someone/net'], env=environment, capture_output=True, text=True)
+        [sys.executable, '-c', code, *arguments], env=hub_environment(address, home), capture_output=True, text=True)
 
 
-def test_pushing_uploads_the_folder_as_it_is(older, tmp_path):
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f'http://127.0.0.1:{server.server_port}'
-    try:
-        result = run_push(older, address, tmp_path / 'home')
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert result.stdout.strip() == f'{address}/someone/net/commit/1', result.stderr
-    assert Hub.committed == contents(older)
+def test_pushing_uploads_folders_as_they_are_the_weights_as_large_files_whole_or_in_parts(older, tmp_path):
+    small = timm.create_model('supervit_digits', **{**SETTINGS, 'embed_dim': 8, 'num_heads': 1})
+    convert_checkpoint(save(small.state_dict(), tmp_path / 'small.pth'), small, tmp_path / 'small')
+    requests, part_size = [], 60_000
+    with serve(tmp_path / 'remote', requests, part_size) as address:
+        result = run_push(address, tmp_path / 'home', small=tmp_path / 'small', net=older)
+    commits = [f'{address}/someone/{name}/commit/{COMMIT}' for name in ('small', 'net')]
+    assert result.stdout.splitlines() == commits, result.stderr
+    expected = []
+    for name, folder in (('small', tmp_path / 'small'), ('net', older)):
+        assert contents(tmp_path / 'remote' / 'someone' / name) == contents(folder)
+        weights = (folder / 'model.safetensors').read_bytes()
+        url = f'/lfs/{hashlib.sha256(weights).hexdigest()}'
+        parts = -(-len(weights) // part_size)
+        expected += [url] if parts == 1 else [f'{url}/{i + 1}' for i in range(parts)]
+    assert len(expected) > 3
+    assert [path for method, path in requests if method == 'PUT'] == expected
 
 
 def test_a_hub_out_of_reach_is_reported_with_what_to_do(older, tmp_path):
-    result = run_push(older, 'http://127.0.0.1:9', tmp_path / 'home')  # port 9, discard: nothing listens
+    result = run_push('http://127.0.0.1:9', tmp_path / 'home', net=older)  # port 9, discard: nothing listens
     assert result.returncode == 1
     assert 'hub is complete but was not uploaded to someone/net' in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('name', ['', 'net', 'someone/net/more', 'some one/net', '/net'])
+def test_a_push_to_what_is_no_repository_is_refused_before_the_work(model, tmp_path, name):
+    path = save(model.state_dict(), tmp_path / 'checkpoint.pth')
+    arguments = ['convert', str(path), '--model', 'supervit_digits', '--output', str(tmp_path / 'hub'), '--push', name]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert f'{name!r} is no repository USER/NAME' in result.stderr.splitlines()[-1]
+    assert not (tmp_path / 'hub').exists()
 
 
 def test_the_command_converts_and_tells_usage_from_failure(model, tmp_path):

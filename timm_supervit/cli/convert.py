@@ -30,7 +30,8 @@ def command(
 
     FILE is a checkpoint of the official SuperViT code or of timm's train.py. The folder holds the weights in the
     safetensors format, the settings and a model card; timm.create_model('local-dir:DIR', pretrained=True) reads it.
-    A file that is more than weights, and so could run code, is refused.
+    A file that is more than weights, and so could run code, is refused. A folder that this command wrote is replaced,
+    unless it was changed since.
 
     \b
     Example:
@@ -50,5 +51,5 @@ def command(
     )
     show_weights(file, checkpoint)
     click.echo(output)
-    if push:
+    if push is not None:
         click.echo(push_folder(output, push))

@@ -2,23 +2,26 @@
 
 The folder holds ``model.safetensors``, ``config.json`` and a model card.
 """
+import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from ..models.supervit import SuperVisionTransformer
 from .checkpoints import Checkpoint, load_checkpoint
-from .files import check_output_folder
+from .files import TEMPORARY, fill_folder
 from .results import Quantity, Results, quantity_of, subnet_of
 
 __all__ = ['convert_checkpoint', 'model_card', 'push_folder']
 
 FILES = {'README.md', 'config.json', 'model.safetensors'}  # what a converted folder holds
+
+_SEAL = b'\n<!-- Written by supervit convert. SHA-256 of this folder: %s -->\n'  # ends the card of a converted folder
 
 
 def convert_checkpoint(
@@ -31,7 +34,7 @@ def convert_checkpoint(
 ) -> Checkpoint:
     """Write a checkpoint as a folder for the Hub; ``timm.create_model('local-dir:FOLDER', pretrained=True)`` reads it.
 
-    An older folder of this kind is replaced when the new one is complete.
+    An older folder of this kind is replaced when the new one is complete, unless it was changed since.
 
     Args:
         path: The checkpoint, see ``read_checkpoint``.
@@ -46,39 +49,64 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: If the weights cannot be read or do not fit the model.
-        FileExistsError: If the folder holds anything else than an older conversion.
+        FileExistsError: If the folder holds anything else than an older conversion as it was written.
         FileNotFoundError: If there is no such checkpoint.
         OSError: If the folder cannot be written.
-        ValueError: If the results are those of another model or of an interrupted run.
+        ValueError: If the results are those of another model or of an interrupted run, or the repository is none.
     """
+    if repo_id is not None:
+        _check_repo_id(repo_id)
     output_dir = Path(output_dir)
-    _check_replaceable(output_dir)
-    check_output_folder(output_dir.parent)
-    card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.name}', results)
-    checkpoint = load_checkpoint(model, path, use_ema)
-    # Beside its final place, so that moving it is a renaming.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix='.convert-') as folder:
-        new = Path(folder) / 'new'
+    with fill_folder(output_dir) as folder:
+        _check_replaceable(output_dir)
+        card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.resolve().name}', results)
+        checkpoint = load_checkpoint(model, path, use_ema)
         try:
             # The tag of the variant names where its default weights come from, which are not these.
-            save_for_hf(model, str(new), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
-            card.save(new / 'README.md')
+            save_for_hf(model, str(folder), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
+            card.save(folder / 'README.md')
+            content = (folder / 'README.md').read_bytes()
+            (folder / 'README.md').write_bytes(content + _SEAL % _checksum(folder, content))
         except (OSError, SafetensorError) as error:  # a full disk, above all
             raise OSError(f'{error}: {output_dir} was not written and is as it was') from error
-        if output_dir.exists():
-            os.replace(output_dir, Path(folder) / 'old')
-        os.replace(new, output_dir)
     return checkpoint
 
 
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        if '/' not in repo_id:
+            raise ValueError('a name without a user')
+    except ValueError as error:
+        raise ValueError(f'{repo_id!r} is no repository USER/NAME to push to ({error})') from error
+
+
 def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f'{folder} is a file; choose a folder that is new or holds an older conversion')
-    others = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
-    if others:
+    """Refuse a folder whose files are not all as ``convert_checkpoint`` wrote them."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)}
+    names -= {'lost+found'}  # in the root of a mounted disk
+    if names and not (names == FILES and _is_sealed(folder)):
+        shown = sorted(names - FILES) or sorted(names)
         raise FileExistsError(
-            f'{folder} holds {", ".join(others[:3])}{", ..." if len(others) > 3 else ""}, which would be lost; '
-            f'choose a folder that is new or holds an older conversion')
+            f'{folder} holds {", ".join(shown[:3])}{", ..." if len(shown) > 3 else ""}, which would be lost; '
+            f'choose a folder that is new or holds an older conversion that was not changed since')
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        written = (folder / 'README.md').read_bytes()
+        content = written.rpartition(_SEAL.partition(b'%s')[0])[0]
+        return written == content + _SEAL % _checksum(folder, content)
+    except OSError:
+        return False
+
+
+def _checksum(folder: Path, card: bytes) -> bytes:
+    """Return the SHA-256 of a folder's files, with this content of the model card."""
+    digest = hashlib.sha256(card)
+    for name in sorted(FILES - {'README.md'}):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest().encode()
 
 
 def model_card(model: SuperVisionTransformer, source: str, results: Results | None = None) -> ModelCard:
@@ -161,7 +189,9 @@ def push_folder(folder: str | os.PathLike, repo_id: str) -> str:
     api = HfApi(library_name='timm-supervit')
     try:
         repo = api.create_repo(repo_id, exist_ok=True)
-        return api.upload_folder(repo_id=repo.repo_id, folder_path=str(folder), commit_message='Add model').commit_url
+        commit = api.upload_folder(
+            repo_id=repo.repo_id, folder_path=str(folder), allow_patterns=sorted(FILES), commit_message='Add model')
+        return commit.commit_url
     except Exception as error:  # the kinds differ between versions of huggingface_hub and the HTTP clients under it
         raise RuntimeError(
             f'{folder} is complete but was not uploaded to {repo_id} ({type(error).__name__}: {error}); '
