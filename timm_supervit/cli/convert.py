@@ -52,6 +52,7 @@ def command(
         use_ema=use_ema,
         repo_id=push,
     )
+    address = push_folder(output, push) if push else None  # before the first line is printed, which can fail
     echo(output)
-    if push:
-        echo(push_folder(output, push))
+    if address:
+        echo(address)
