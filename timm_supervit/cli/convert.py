@@ -51,6 +51,7 @@ def command(
         repo_id=push,
     )
     show_weights(file, checkpoint)
+    address = None if push is None else push_folder(output, push)  # before the first line, which can fail
     echo(output)
-    if push is not None:
-        echo(push_folder(output, push))
+    if address:
+        echo(address)

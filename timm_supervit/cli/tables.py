@@ -3,8 +3,8 @@
 No width cuts a table. Where it is too narrow, headings break at words, then long names break, then columns follow
 below, after those that say what a row is about.
 """
+import io
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -114,13 +114,24 @@ def list_table(rows: Sequence[Row], columns: Sequence[str], title: str = '') -> 
 
 def print_table(*tables: UncutTable) -> None:
     """Print tables to stdout, side by side where they fit."""
-    settings: dict[str, Any] = dict(markup=False, emoji=False, highlight=False)
-    console = Console(**settings)
-    if not console.is_terminal:
-        console = Console(**settings, width=_PIPE_WIDTH)
-    with console.capture() as captured:  # rich itself would end the process where stdout is closed
-        console.print(Columns(tables, padding=(0, 4)) if len(tables) > 1 else tables[0])
-    write(captured.get())
+    stdout = Console()
+    # Rich would end the process where stdout is closed, so it writes to memory.
+    memory = _Memory(stdout.encoding)
+    console = Console(
+        file=memory, width=stdout.width if stdout.is_terminal else _PIPE_WIDTH, force_terminal=stdout.is_terminal,
+        color_system=stdout.color_system, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
+    console.print(Columns(tables, padding=(0, 4)) if len(tables) > 1 else tables[0])
+    write(memory.getvalue())
+
+
+class _Memory(io.StringIO):
+    """Text that rich takes to be in an encoding, which tells it what lines can be drawn with."""
+
+    encoding = ''
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self.encoding = encoding
 
 
 def print_grids(results: Results, keys: Sequence[str]) -> None:

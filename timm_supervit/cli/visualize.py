@@ -44,9 +44,8 @@ def command(
           --subnet 224:0.7 --subnet 128:0.5 --output pictures
     """
     from ..tools.files import check_output_folder
-    from ..tools.fingerprint import fingerprint
-    from ..tools.results import Results, save_results
-    from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image
+    from ..tools.results import save_results
+    from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image, summarize
     from .tables import list_table, print_table
 
     check_output_folder(output)
@@ -54,13 +53,9 @@ def command(
     found = []
     for path in images:
         found += find_kept_tokens(network, read_image(path, network), subnets or network.subnets, Path(path).stem)
-    rows = [
-        dict(image=tokens.title, **tokens.subnet._asdict(), macs=tokens.macs, prediction=tokens.prediction,
-             probability=tokens.probability, kept={block: int(kept.sum()) for block, kept in tokens.kept.items()})
-        for tokens in found
-    ]
-    columns = ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']
-    identity = fingerprint(network) | {'weights_kind': weights_kind(**settings)}
-    save_results(Results(model, rows, network=identity), output, 'visualize')
+    results = summarize(found, network, model)
+    results.network['weights_kind'] = weights_kind(**settings)
+    save_results(results, output, 'visualize')
     draw_kept_tokens(found, Path(output) / 'visualize.png')
-    print_table(list_table(rows, columns))
+    print_table(list_table(
+        results.rows, ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']))

@@ -19,11 +19,12 @@ from torch import Tensor
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet
 from .evaluate import check_finite
+from .fingerprint import fingerprint
 from .macs import count_macs
 from .pictures import save_picture
-from .results import column_of
+from .results import Results, column_of
 
-__all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image']
+__all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image', 'summarize']
 
 _MASK_COLOR, _MASK_OPACITY = 0.93, 0.85  # light, as on paper; what was dropped shines through
 
@@ -117,6 +118,22 @@ def _to_grid(patches: Tensor, grid_size: int) -> np.ndarray:
     kept = np.zeros(grid_size ** 2, dtype=bool)
     kept[patches.numpy()] = True
     return kept.reshape(grid_size, grid_size)
+
+
+def summarize(found: Sequence[KeptTokens], model: SuperVisionTransformer, name: str = '') -> Results:
+    """Return one row for each image and subnet: the prediction, and how many patches are left after each block.
+
+    Args:
+        found: The rows of the picture, from ``find_kept_tokens``.
+        model: The model that they are of.
+        name: Its name for the results.
+    """
+    rows = [
+        dict(image=row.title, **row.subnet._asdict(), macs=row.macs, prediction=row.prediction,
+             probability=row.probability, kept={block: int(kept.sum()) for block, kept in row.kept.items()})
+        for row in found
+    ]
+    return Results(name, rows, network=fingerprint(model))
 
 
 def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> None:
