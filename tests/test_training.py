@@ -192,6 +192,11 @@ def image_folder(tmp_path):
     return tmp_path / 'data'
 
 
+def launch(processes):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    return torchrun if processes > 1 else []
+
+
 def run_script(name, data, *options, launcher=()):
     common = ['--model', 'supervit_digits', '--num-classes', '3', '--device', 'cpu', '--workers', '0', '--data-dir']
     return subprocess.run(
@@ -210,7 +215,7 @@ def run_train_py(data, *options, launcher=()):
 def test_train_py_super_trains_under_torchrun_and_validate_py_reads_the_result_at_any_subnet(image_folder):
     train = run_train_py(
         image_folder, '--grad-accum-steps', '2', '--clip-grad', '1', '--model-ema', '--drop-path', '0.1',
-        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'])
+        launcher=launch(2))
     assert train.returncode == 0, train.stderr[-2000:]
     assert 'Super-training img_sizes (12, 16, 20, 24)' in train.stderr
     assert 'Subnets: label' in train.stderr
@@ -272,6 +277,43 @@ def photographs(tmp_path_factory):
     return folder
 
 
+def write_label_maps(photographs, tmp_path, named=None):
+    """Write maps as the published ones are for all training photographs, all of the class that is named or of any."""
+    for path in (photographs / 'train').rglob('*.jpg'):
+        classes = torch.randint(3, (5, 18, 18)) if named is None else torch.full((5, 18, 18), named)
+        file = tmp_path / 'maps' / path.relative_to(photographs / 'train').with_suffix('.pt')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.stack([torch.full((5, 18, 18), 10.), classes]).half(), file)
+    return tmp_path / 'maps'
+
+
+@needs_scripts
+@pytest.mark.parametrize('processes, loader', [(1, []), (1, ['--no-prefetcher']), (2, [])])
+def test_train_py_learns_what_label_maps_say(photographs, tmp_path, processes, loader):
+    maps = write_label_maps(photographs, tmp_path, named=1)
+
+    def train(*options):
+        result = subprocess.run(
+            [sys.executable, *launch(processes), Path(TIMM_SCRIPTS, 'train.py'), '--model', 'supervit_lvvit_tiny',
+             '--num-classes', '3', '--lr', '1e-2', '--warmup-epochs', '0', '--opt', 'adamw', '--aa', 'rand-m9',
+             '--data-dir', photographs, '--dataset', f'label_maps/{maps}', '--output', tmp_path, '--experiment', 'run',
+             *FEW, *SMALL_NETWORK, *loader, *options],
+            capture_output=True, text=True, timeout=240,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'})
+        assert result.returncode == 0, result.stderr[-2000:]
+        return [int(epoch) for epoch in re.findall(r'Train: (\d+) \[ *0/', result.stderr)]
+
+    last = tmp_path / 'run' / 'last.pth.tar'
+    assert train() == [0]
+    if processes > 1:
+        assert train('--resume', last, '--epochs', '2') == [1]
+    settings = dict(img_sizes=(32, 48, 64), embed_dim=48, depth=4, num_heads=3, drop_layers=(1, 2), num_classes=3)
+    model = timm.create_model('supervit_lvvit_tiny', checkpoint_path=last, **settings).eval()
+    with torch.no_grad():
+        probs = model(torch.randn(8, 3, 64, 64)).softmax(dim=1)
+    assert (probs[:, 1] > 0.5).all()  # whereas a third of the images are of this class
+
+
 @needs_scripts
 @pytest.mark.parametrize('name', recipe_names())
 def test_a_recipe_as_printed_runs_through_train_py(name, photographs, tmp_path):
@@ -279,15 +321,16 @@ def test_a_recipe_as_printed_runs_through_train_py(name, photographs, tmp_path):
     (tmp_path / 'recipe.yaml').write_text(printed)
     recipe = yaml.safe_load(printed)
     options = [] if recipe['model'] == 'supervit_digits' else SMALL_NETWORK
+    if 'label_maps' in printed:
+        options = [*options, '--num-classes', '3', '--dataset', f'label_maps/{write_label_maps(photographs, tmp_path)}']
     if recipe.get('pretrained'):  # the weights of a plain network instead of a download
         plain = timm.create_model('vit_tiny_patch16_224', img_size=64, embed_dim=48, depth=4, num_heads=3)
         torch.save(plain.state_dict(), tmp_path / 'plain.pth')
         options = [*options, '--pretrained-path', tmp_path / 'plain.pth']
     processes = 2 if recipe.get('aug_repeats') else 1
     train = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes),
-         Path(TIMM_SCRIPTS, 'train.py'), '-c', tmp_path / 'recipe.yaml', '--data-dir', photographs,
-         '--output', tmp_path, '--experiment', 'run', '--log-interval', '1', *FEW, *options],
+        [sys.executable, *launch(processes), Path(TIMM_SCRIPTS, 'train.py'), '-c', tmp_path / 'recipe.yaml',
+         '--data-dir', photographs, '--output', tmp_path, '--experiment', 'run', '--log-interval', '1', *FEW, *options],
         capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'})
     assert train.returncode == 0, train.stderr[-2000:]
     losses = [float(loss) for loss in re.findall(r'Train:.* Loss: *(\S+)', train.stderr)]

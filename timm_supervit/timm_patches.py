@@ -110,6 +110,30 @@ def _posterize(posterize: Callable[..., Any], image: Any, bits_to_keep: int, **k
     return Image.new(image.mode, image.size)
 
 
+def read_label_maps(data: Any) -> None:
+    """Let ``create_dataset('label_maps/PATH', ...)`` add the label maps in a folder to the images of a training split.
+
+    Why: ``train.py`` creates its data sets by this function, and the kinds that it knows are written out in it.
+    Hangs on: ``timm.data.create_dataset(name, ..., is_training)``, and ``class_to_idx`` of timm's readers of folders.
+    Goes when: timm lets a package register kinds of data sets.
+    """
+    create_dataset = _look_up(data, 'create_dataset')
+
+    @functools.wraps(create_dataset)
+    def create(name: str, *args: Any, **kwargs: Any) -> Any:
+        kind, slash, label_root = name.partition('/')
+        if not slash or kind.lower() != 'label_maps':
+            return create_dataset(name, *args, **kwargs)
+        dataset = create_dataset('', *args, **kwargs)
+        if not kwargs.get('is_training'):
+            return dataset
+        from .label_maps import LabelMapDataset
+
+        return LabelMapDataset(dataset, label_root, num_classes=1 + max(dataset.reader.class_to_idx.values()))
+
+    data.create_dataset = create
+
+
 def _look_up(module: Any, name: str) -> Any:
     # Python itself would suspect a circular import, since the module is still being imported.
     if name not in vars(module):
@@ -120,5 +144,6 @@ def _look_up(module: Any, name: str) -> Any:
 PATCHES = (
     Patch('timm.task', create_supervit_task, 'ClassificationTask trains the active subnet of a SuperViT alone'),
     Patch('timm.task', name_unreadable_checkpoint, 'resuming from a damaged checkpoint does not name the file'),
+    Patch('timm.data', read_label_maps, 'train.py knows no --dataset label_maps/PATH'),
     Patch('timm.data.auto_augment', posterize_to_no_bits, 'RandAugment fails now and then with Pillow 13'),
 )
