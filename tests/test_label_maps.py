@@ -1,4 +1,5 @@
-"""Labels from label maps see the crop and the flip that their image sees."""
+"""Labels from label maps see the crop, the flip and the geometry that their image sees."""
+import pickle
 import random
 import tarfile
 from pathlib import Path
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_loader
+from timm.data import ImageDataset, create_dataset, create_loader
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.transforms_factory import create_transform
+from torchvision.transforms import Compose
 
 from timm_supervit import LabelMapDataset
 
@@ -61,29 +64,91 @@ def test_each_patch_has_the_label_of_what_it_shows(
     for _ in range(8):
         images, target = load_batch(quarters, scale=(0.1, 1.), use_prefetcher=use_prefetcher, **flips)
         assert target.shape == (8, 10, 2 + 36)
-        patches = images.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).movedim(1, -1)  # [B, 6, 6, 64, 3]
-        distance = (patches.unsqueeze(-2) - torch.tensor(COLORS) / 255).abs().sum(dim=-1)
-        shown = distance.argmin(dim=-1)
-        plain = (distance.amin(dim=-1) < 0.01).all(dim=-1) & (shown == shown[..., :1]).all(dim=-1)  # of one color
-        labels = target[:, :, 2:].argmax(dim=1).unflatten(1, (6, 6))
-        assert labels[plain].equal(shown[..., 0][plain])
-        compared += int(plain.sum())
+        compared += check_labels(images, target)
     assert compared > 1000  # of 2,304
 
 
-def test_the_images_are_those_of_the_transform_itself(quarters: LabelMapDataset) -> None:
+def check_labels(images: torch.Tensor, target: torch.Tensor) -> int:
+    """Compare the labels of all patches of one color with that color; return how many there are."""
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).movedim(1, -1)  # [B, 6, 6, 64, 3]
+    distance = (patches.unsqueeze(-2) - torch.tensor(COLORS) / 255).abs().sum(dim=-1)
+    shown = distance.argmin(dim=-1)
+    plain = (distance.amin(dim=-1) < 0.01).all(dim=-1) & (shown == shown[..., :1]).all(dim=-1)  # of one color
+    labels = target[:, :, 2:].argmax(dim=1).unflatten(1, (6, 6))
+    assert labels[plain].equal(shown[..., 0][plain])
+    return int(plain.sum())
+
+
+GEOMETRY = ('Rotate', 'ShearX', 'ShearY', 'TranslateXRel', 'TranslateYRel')
+
+
+def always(*names: str) -> list[AugmentOp]:
+    """Return operations that leave black what they uncover."""
+    return [AugmentOp(name, prob=1, magnitude=8, hparams=dict(img_mean=(0, 0, 0))) for name in names]
+
+
+@pytest.mark.parametrize('augment', [
+    *(pytest.param(RandAugment(always(name), num_layers=1), id=name) for name in GEOMETRY),
+    pytest.param(RandAugment(always(*GEOMETRY), num_layers=2), id='two of them'),
+    pytest.param(AutoAugment([always('Rotate', 'TranslateXRel')]), id='AutoAugment'),
+])
+def test_labels_follow_what_turns_shears_and_shifts_an_image(quarters: LabelMapDataset, augment: Any) -> None:
+    random.seed(0)
+    np.random.seed(0)
+    crop, flip, to_tensor, *_ = create_transform((3, 48, 48), is_training=True, color_jitter=None,
+                                                 mean=(0., 0., 0.), std=(1., 1., 1.)).transforms
+    quarters.transform = Compose([crop, flip, augment, to_tensor])
+    compared = uncovered = alike = 0
+    for i in range(96):
+        image, target = quarters[i % 8]
+        compared += check_labels(image[None], target[None])
+        black = image.unfold(1, 8, 8).unfold(2, 8, 8).abs().amax(dim=(0, 3, 4)).flatten() == 0
+        uncovered += int(black.sum())
+        alike += int((target[:, 2:][:, black].amax(dim=0) < 0.15).sum())  # of ten classes
+    assert compared > 1000  # of 3,456
+    assert alike >= 0.9 * uncovered > 10  # the rest is half a place beside what the image shows
+
+
+def test_the_images_are_those_of_the_transform_with_its_crop_last(quarters: LabelMapDataset) -> None:
     transform = create_transform((3, 48, 48), is_training=True, auto_augment='rand-m9-mstd0.5-inc1',
                                  interpolation='random', vflip=0.5, re_prob=0.5)
-    plain = ImageDataset(quarters.dataset.reader.root, transform=transform)
+    crop, hflip, vflip, augment, *to_tensor = transform.transforms
+    plain = ImageDataset(quarters.dataset.reader.root, transform=Compose([hflip, vflip, augment, crop, *to_tensor]))
     quarters.transform = transform
+    assert quarters.transform is transform
+    received = pickle.loads(pickle.dumps(quarters))  # as by a worker that is spawned
     for i in range(8):
         images = []
-        for dataset in (quarters, plain):
+        for dataset in (quarters, plain, received):
             random.seed(i)
             np.random.seed(i)
             torch.manual_seed(i)
             images.append(dataset[i][0])
         assert images[0].equal(images[1])
+        assert images[0].equal(images[2])
+
+
+@pytest.mark.parametrize('name', ['label_maps/', 'Label_Maps/'])
+def test_create_dataset_adds_label_maps_to_the_training_split_alone(
+        quarters: LabelMapDataset, name: str, tmp_path: Path) -> None:
+    options = dict(root=str(tmp_path), split='images', class_map='', download=False, batch_size=4)
+    training = create_dataset(f'{name}{quarters.label_root}', is_training=True, **options)
+    assert isinstance(training, LabelMapDataset)
+    assert training.num_classes == 2
+    assert [training.dataset.filename(i) for i in range(8)] == [quarters.dataset.filename(i) for i in range(8)]
+    for other in (
+            create_dataset(f'{name}{quarters.label_root}', is_training=False, **options),
+            create_dataset('', is_training=True, **options),
+    ):
+        assert type(other) is ImageDataset
+    with pytest.raises(FileNotFoundError, match='no folder of label maps elsewhere'):
+        create_dataset(f'{name}elsewhere', is_training=True, **options)
+
+
+def test_there_is_a_label_for_every_16_pixels_unless_said_otherwise(quarters: LabelMapDataset) -> None:
+    quarters.grid_size = None
+    images, target = load_batch(quarters)
+    assert target.shape == (len(images), 10, 2 + 3 * 3)
 
 
 def test_ground_truth_and_image_label_come_before_the_patches(quarters: LabelMapDataset) -> None:
@@ -91,13 +156,6 @@ def test_ground_truth_and_image_label_come_before_the_patches(quarters: LabelMap
     assert target[:, 0].equal(torch.eye(10)[quarters.dataset[5][1]])
     assert target[:, 1].topk(4).indices.sort().values.equal(torch.arange(4))  # the whole image shows four classes
     torch.testing.assert_close(target.sum(dim=0), torch.ones(38))
-
-
-def test_smoothing_gives_a_share_to_all_classes(quarters: LabelMapDataset) -> None:
-    _, sharp = quarters[0]
-    quarters.smoothing = 0.2
-    _, smooth = quarters[0]
-    torch.testing.assert_close(smooth, 0.8 * sharp + 0.02)
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f'the photographs are not at {PHOTOS}')
@@ -128,6 +186,11 @@ def test_labels_follow_the_brightness_of_photographs(tmp_path: Path) -> None:
 def test_a_transform_that_labels_cannot_follow_is_refused(quarters: LabelMapDataset, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match='random resized crop'):
         create_loader(quarters, (3, 48, 48), 8, num_workers=0, **settings)
+
+
+def test_augmix_is_refused_since_it_blends_several_moves_of_an_image(quarters: LabelMapDataset) -> None:
+    with pytest.raises(ValueError, match='AugMix'):
+        create_loader(quarters, (3, 48, 48), 8, num_workers=0, is_training=True, auto_augment='augmix-m5')
 
 
 @pytest.mark.parametrize('content, message', [

@@ -197,11 +197,14 @@ def test_a_training_step_gives_the_losses_gradients_and_buffers_of_the_reference
 # --- labels
 
 
-@pytest.mark.parametrize('criterion, smoothing', [
+SMOOTHING = pytest.mark.parametrize('criterion, smoothing', [
     (nn.CrossEntropyLoss(), 0.),
     (nn.CrossEntropyLoss(label_smoothing=0.2), 0.2),
     (LabelSmoothingCrossEntropy(0.1), 0.1),
 ])
+
+
+@SMOOTHING
 def test_hard_labels_teach_as_smoothed_labels_for_image_and_tokens(
         lvvit: Any,
         fixed_box: Any,
@@ -214,6 +217,20 @@ def test_hard_labels_teach_as_smoothed_labels_for_image_and_tokens(
     expected = get_losses(create_task(model, subnets=STEP)(images, soft[:, :, None].expand(-1, -1, 18)))
     hard = get_losses(create_task(model, criterion, STEP)(images, classes))
     torch.testing.assert_close(hard, expected, atol=1e-10, rtol=0)
+
+
+@SMOOTHING
+def test_token_labels_are_smoothed_as_the_criterion_smooths(
+        lvvit: Any,
+        fixed_box: Any,
+        criterion: nn.Module,
+        smoothing: float,
+) -> None:
+    model, images, labels = lvvit().double(), torch.randn(3, 3, 64, 64).double(), draw_token_labels(3, 16)
+    fixed_box(BOX)
+    smoothed = get_losses(create_task(model, subnets=STEP)(images, labels * (1 - smoothing) + smoothing / 10))
+    actual = get_losses(create_task(model, criterion, STEP)(images, labels))
+    torch.testing.assert_close(actual, smoothed, atol=1e-10, rtol=0)
 
 
 def test_soft_labels_teach_as_token_labels_that_are_all_the_same(lvvit: Any, fixed_box: Any) -> None:

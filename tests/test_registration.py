@@ -289,6 +289,10 @@ OTHER_TIMMS = {
     'a ClassificationTask in C': ('timm.task', 'module.ClassificationTask = int', "cannot set '__new__'"),
     'no resume_task_checkpoint': (
         'timm.task', 'del module.resume_task_checkpoint', 'timm.task has no resume_task_checkpoint'),
+    'no create_dataset': ('timm.data', 'del module.create_dataset', 'timm.data has no create_dataset'),
+    'no posterize': ('timm.data.auto_augment', 'del module.posterize', 'timm.data.auto_augment has no posterize'),
+    'no NAME_TO_OP': ('timm.data.auto_augment', 'del module.NAME_TO_OP', 'timm.data.auto_augment has no NAME_TO_OP'),
+    'another posterize': ('timm.data.auto_augment', 'module.posterize = None', 'NAME_TO_OP has no operation posterize'),
 }
 
 

@@ -12,9 +12,11 @@ import pytest
 import timm
 import torch
 import yaml
+from click.testing import CliRunner
 from timm.models import save_for_hf
 from timm.task import ClassificationTask, resume_task_checkpoint
 
+from timm_supervit.cli import main
 from timm_supervit.tools.recipes import read_recipe, recipe_names
 
 SCRIPT = Path(__file__).with_name('training_script.py')
@@ -136,18 +138,45 @@ def test_compiled_blocks_are_compiled_in_the_first_pass_over_the_subnets_and_nev
 
 
 @pytest.mark.parametrize('name', recipe_names())
-def test_a_recipe_names_a_registered_model_and_settings_that_train_py_knows(name):
+def test_a_recipe_names_a_registered_model(name):
+    assert timm.is_model(yaml.safe_load(read_recipe(name))['model'])
+
+
+# What main_deit.py and main_lvvit.py of the official code have for defaults or are started with (their README).
+OFFICIAL = dict(
+    batch_size=256, opt='adamw', weight_decay=0.05, sched='cosine', epochs=300, warmup_epochs=5, warmup_lr=1e-6,
+    min_lr=1e-5, drop_path=0.1, smoothing=0.1, aa='rand-m9-mstd0.5-inc1', color_jitter=0.4, reprob=0.25,
+    remode='pixel', recount=1, model_ema=True)
+OFFICIAL_DEIT = dict(
+    OFFICIAL, cooldown_epochs=0, mixup=0.8, cutmix=1.0, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch',
+    train_interpolation='bicubic', aug_repeats=3, model_ema_decay=0.99996, seed=0)
+OFFICIAL_LVVIT = dict(
+    OFFICIAL, lr=1.6e-3, cooldown_epochs=10, mixup=0.0, cutmix=0.0, train_interpolation='random',
+    model_ema_decay=0.99992, dist_bn='', seed=42)
+
+
+@pytest.mark.parametrize('name, official', [
+    *((f'deit_{size}_in1k', OFFICIAL_DEIT) for size in ('tiny', 'small', 'base')),
+    ('lvvit_small_in1k', OFFICIAL_LVVIT),
+])
+def test_a_recipe_of_the_paper_has_the_numbers_of_the_official_code(name, official):
     recipe = yaml.safe_load(read_recipe(name))
-    assert timm.is_model(recipe['model'])
-    if not TIMM_SCRIPTS:
-        pytest.skip('TIMM_SCRIPTS does not name the folder of train.py')
-    code = 'import sys, train; print(*vars(train.parser.parse_args([])))'
-    known = subprocess.run(
-        [sys.executable, '-c', code], cwd=TIMM_SCRIPTS, capture_output=True, text=True, check=True).stdout.split()
-    assert not recipe.keys() - set(known)
+    assert {key: recipe.get(key) for key in official} == official
+    lr = recipe.get('lr') or recipe['lr_base'] * 4 * recipe['batch_size'] / recipe['lr_base_size']
+    assert lr == (1e-3 if official is OFFICIAL_DEIT else 1.6e-3)
+    assert recipe.get('lr_base_scale', 'linear') == 'linear'
 
 
 needs_scripts = pytest.mark.skipif(not TIMM_SCRIPTS, reason='TIMM_SCRIPTS does not name the folder of train.py')
+
+
+@needs_scripts
+def test_recipes_have_settings_that_train_py_knows():
+    code = 'import sys, train; print(*vars(train.parser.parse_args([])))'
+    known = subprocess.run(
+        [sys.executable, '-c', code], cwd=TIMM_SCRIPTS, capture_output=True, text=True, check=True).stdout.split()
+    for name in recipe_names():
+        assert not yaml.safe_load(read_recipe(name)).keys() - set(known), name
 
 
 @pytest.fixture
@@ -161,6 +190,11 @@ def image_folder(tmp_path):
             for i in range(8):
                 Image.new('RGB', (24, 24), colour).save(folder / f'{i}.png')
     return tmp_path / 'data'
+
+
+def launch(processes):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    return torchrun if processes > 1 else []
 
 
 def run_script(name, data, *options, launcher=()):
@@ -181,7 +215,7 @@ def run_train_py(data, *options, launcher=()):
 def test_train_py_super_trains_under_torchrun_and_validate_py_reads_the_result_at_any_subnet(image_folder):
     train = run_train_py(
         image_folder, '--grad-accum-steps', '2', '--clip-grad', '1', '--model-ema', '--drop-path', '0.1',
-        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'])
+        launcher=launch(2))
     assert train.returncode == 0, train.stderr[-2000:]
     assert 'Super-training img_sizes (12, 16, 20, 24)' in train.stderr
     assert 'Subnets: label' in train.stderr
@@ -219,3 +253,87 @@ def test_distillation_of_train_py_trains_the_active_subnet(image_folder, distill
         '--kd-model-name', f'local-dir:{image_folder.parent / "teacher"}')
     assert train.returncode == 0, train.stderr[-2000:]
     assert 'Super-training' not in train.stderr
+
+
+# What is smaller than in the recipe so that it runs on a CPU in seconds: one epoch, of batches that a few hundred
+# images fill, in one worker; and the network, but for the digits' own.
+FEW = ['--device', 'cpu', '--epochs', '1', '--cooldown-epochs', '0', '--batch-size', '32', '--workers', '1']
+SMALL_NETWORK = [
+    '--model-kwargs', 'img_sizes=32,48,64', 'embed_dim=48', 'depth=4', 'num_heads=3', 'drop_layers=1,2']
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    import numpy as np
+    from PIL import Image
+
+    folder, noise = tmp_path_factory.mktemp('photographs'), np.random.default_rng(0)
+    for split, count in (('train', 100), ('validation', 10)):
+        for label in range(3):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                small = Image.fromarray(noise.integers(256, size=(6, 8, 3), dtype=np.uint8))
+                small.resize((80, 60)).save(folder / split / str(label) / f'{i}.jpg')
+    return folder
+
+
+def write_label_maps(photographs, tmp_path, named=None):
+    """Write maps as the published ones are for all training photographs, all of the class that is named or of any."""
+    for path in (photographs / 'train').rglob('*.jpg'):
+        classes = torch.randint(3, (5, 18, 18)) if named is None else torch.full((5, 18, 18), named)
+        file = tmp_path / 'maps' / path.relative_to(photographs / 'train').with_suffix('.pt')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.stack([torch.full((5, 18, 18), 10.), classes]).half(), file)
+    return tmp_path / 'maps'
+
+
+@needs_scripts
+@pytest.mark.parametrize('processes, loader', [(1, []), (1, ['--no-prefetcher']), (2, [])])
+def test_train_py_learns_what_label_maps_say(photographs, tmp_path, processes, loader):
+    maps = write_label_maps(photographs, tmp_path, named=1)
+
+    def train(*options):
+        result = subprocess.run(
+            [sys.executable, *launch(processes), Path(TIMM_SCRIPTS, 'train.py'), '--model', 'supervit_lvvit_tiny',
+             '--num-classes', '3', '--lr', '1e-2', '--warmup-epochs', '0', '--opt', 'adamw', '--aa', 'rand-m9',
+             '--data-dir', photographs, '--dataset', f'label_maps/{maps}', '--output', tmp_path, '--experiment', 'run',
+             *FEW, *SMALL_NETWORK, *loader, *options],
+            capture_output=True, text=True, timeout=240,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'})
+        assert result.returncode == 0, result.stderr[-2000:]
+        return [int(epoch) for epoch in re.findall(r'Train: (\d+) \[ *0/', result.stderr)]
+
+    last = tmp_path / 'run' / 'last.pth.tar'
+    assert train() == [0]
+    if processes > 1:
+        assert train('--resume', last, '--epochs', '2') == [1]
+    settings = dict(img_sizes=(32, 48, 64), embed_dim=48, depth=4, num_heads=3, drop_layers=(1, 2), num_classes=3)
+    model = timm.create_model('supervit_lvvit_tiny', checkpoint_path=last, **settings).eval()
+    with torch.no_grad():
+        probs = model(torch.randn(8, 3, 64, 64)).softmax(dim=1)
+    assert (probs[:, 1] > 0.5).all()  # whereas a third of the images are of this class
+
+
+@needs_scripts
+@pytest.mark.parametrize('name', recipe_names())
+def test_a_recipe_as_printed_runs_through_train_py(name, photographs, tmp_path):
+    printed = CliRunner().invoke(main, ['recipe', name]).output
+    (tmp_path / 'recipe.yaml').write_text(printed)
+    recipe = yaml.safe_load(printed)
+    options = [] if recipe['model'] == 'supervit_digits' else SMALL_NETWORK
+    if 'label_maps' in printed:
+        options = [*options, '--num-classes', '3', '--dataset', f'label_maps/{write_label_maps(photographs, tmp_path)}']
+    if recipe.get('pretrained'):  # the weights of a plain network instead of a download
+        plain = timm.create_model('vit_tiny_patch16_224', img_size=64, embed_dim=48, depth=4, num_heads=3)
+        torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+        options = [*options, '--pretrained-path', tmp_path / 'plain.pth']
+    processes = 2 if recipe.get('aug_repeats') else 1
+    train = subprocess.run(
+        [sys.executable, *launch(processes), Path(TIMM_SCRIPTS, 'train.py'), '-c', tmp_path / 'recipe.yaml',
+         '--data-dir', photographs, '--output', tmp_path, '--experiment', 'run', '--log-interval', '1', *FEW, *options],
+        capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'})
+    assert train.returncode == 0, train.stderr[-2000:]
+    losses = [float(loss) for loss in re.findall(r'Train:.* Loss: *(\S+)', train.stderr)]
+    assert len(losses) == 256 // 32 // processes if recipe.get('aug_repeats') else 300 // 32
+    assert all(0 < loss < 100 for loss in losses)
+    assert (tmp_path / 'run' / 'last.pth.tar').exists()

@@ -1,21 +1,18 @@
 """Token labels from label maps: a data set of images beside one map of machine-made labels for each image.
 
 The maps are those of Token Labeling (All Tokens Matter, arXiv 2104.10858): a ``.pt`` file for each image with the five
-best classes at each place of a coarse grid. They are cropped and flipped with the image; RoI align makes the crop one
+best classes at each place of a coarse grid. They are moved and cropped with the image; RoI align makes the crop one
 label for each patch, as in Re-labeling ImageNet (arXiv 2101.05022).
 """
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
-from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
-from torchvision.transforms import functional as F
+
+from .label_transforms import FollowedTransform, MovedImage
 
 __all__ = ['LabelMapDataset']
 
@@ -23,13 +20,18 @@ __all__ = ['LabelMapDataset']
 class LabelMapDataset(Dataset):
     """Adds token labels to a data set of images, for timm's ``create_loader(..., is_training=True)``.
 
+    It is what ``timm.data.create_dataset('label_maps/PATH', root, is_training=True)`` creates, so timm's ``train.py``
+    reads label maps by ``--dataset label_maps/PATH``.
+
     Each item is an image and its labels [num_classes, 2 + N]: along the last axis the ground truth, the image's label
     and one label for each of the N patches, row-major, as ``TokenLabelTask`` takes them. At 1,000 classes and 14 x 14
     patches that is 0.8 MB for each image.
 
-    The labels follow timm's random resized crop and its flips, but not the rotations, shears and translations of
-    RandAugment and its kind. The official code crops the maps with the axes swapped; here they are cropped as the
-    image is.
+    As in the official code, the whole image is flipped and augmented and then cropped, where timm crops first. Its map
+    is flipped, turned, sheared and shifted with it, each place by its nearest; a place that then shows nothing of the
+    image has all classes alike. In three things the official code strays from the image, and this does not: it crops
+    maps with the axes swapped, it turns and shears the map of an oblong image as if the image were square, and it does
+    so half a place off.
     """
 
     def __init__(
@@ -37,8 +39,7 @@ class LabelMapDataset(Dataset):
             dataset: Any,
             label_root: str | Path,
             num_classes: int = 1000,
-            grid_size: int = 14,
-            smoothing: float = 0.,
+            grid_size: int | None = None,
     ) -> None:
         """Create the data set.
 
@@ -48,33 +49,32 @@ class LabelMapDataset(Dataset):
                 ``.pt``; it holds a tensor [2, K, H, H] of the scores, before softmax, and the indices of the K best
                 classes at each place.
             num_classes: Classes of the labels.
-            grid_size: Patches along one side of the largest image size.
-            smoothing: Share of each label that is spread over all classes, in [0, 1).
+            grid_size: Patches along one side of the largest image size; None is one for every 16 pixels of the crop.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
         """
         self.dataset = dataset
         self.label_root = Path(label_root)
         self.num_classes = num_classes
         self.grid_size = grid_size
-        self.smoothing = smoothing
         self._transform: Any = None
+        self._followed: FollowedTransform | None = None
+        if not self.label_root.is_dir():
+            raise FileNotFoundError(f'there is no folder of label maps {label_root}')
 
     @property
     def transform(self) -> Any:
         """The transform of the images, which ``create_loader`` sets.
 
         Raises:
-            ValueError: On assignment, if it does not begin with timm's random resized crop.
+            ValueError: On assignment, as ``FollowedTransform``.
         """
         return self._transform
 
     @transform.setter
     def transform(self, transform: Any) -> None:
-        steps = getattr(transform, 'transforms', None)
-        if not steps or not isinstance(steps[0], RandomResizedCropAndInterpolation):
-            raise ValueError(
-                f'label maps cannot follow the transform {transform}; they follow one that begins with timm\'s random '
-                f'resized crop, as create_loader makes with is_training=True and neither no_aug, num_aug_splits nor '
-                f'another train_crop_mode')
+        self._followed = FollowedTransform(transform)
         self._transform = transform
 
     def __len__(self) -> int:
@@ -90,38 +90,22 @@ class LabelMapDataset(Dataset):
                 ``num_classes``.
         """
         image, target = self.dataset[index]
-        crop, flips = (0., 0., 1., 1.), []
-        for step in [] if self.transform is None else self.transform.transforms:
-            # The draws are those of the transforms themselves, in their order.
-            if isinstance(step, RandomResizedCropAndInterpolation):
-                image_width, image_height = image.size
-                top, left, height, width = step.get_params(image, step.scale, step.ratio)
-                crop = (
-                    left / image_width, top / image_height,
-                    (left + width) / image_width, (top + height) / image_height)
-                modes = step.interpolation
-                mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
-                image = F.resized_crop(image, top, left, height, width, step.size, mode)
-            elif isinstance(step, RandomHorizontalFlip):
-                if torch.rand(1) < step.p:
-                    image = F.hflip(image)
-                    flips.append(2)
-            elif isinstance(step, RandomVerticalFlip):
-                if torch.rand(1) < step.p:
-                    image = F.vflip(image)
-                    flips.append(1)
-            else:
-                image = step(image)
-        return image, self._label(index, target, crop, flips)
+        if self._followed is None:
+            moved = MovedImage(image, size=image.size, crop_size=image.size)
+        else:
+            moved = self._followed(image)
+        return moved.image, self._label(index, target, moved)
 
-    def _label(self, index: int, target: int, crop: Sequence[float], flips: list[int]) -> Tensor:
+    def _label(self, index: int, target: int, moved: MovedImage) -> Tensor:
         scores = self._read_map(self.label_root / Path(self.dataset.filename(index)).with_suffix('.pt'))
-        box = torch.tensor([crop]) * scores.shape[-1]  # x0, y0, x1, y1 in places of the map
-        whole, tokens = (roi_align(scores[None], [box], size, aligned=True)[0] for size in (1, self.grid_size))
-        labels = torch.cat([whole.flatten(1), tokens.flip(flips).flatten(1)], dim=1).softmax(dim=0)
+        scores = moved.move_map(scores)
+        box = torch.tensor([moved.crop]) * scores.shape[-1]  # x0, y0, x1, y1 in places of the map
+        width, height = moved.crop_size
+        grid = (height // 16, width // 16) if self.grid_size is None else self.grid_size
+        whole, tokens = (roi_align(scores[None], [box], size, aligned=True)[0].flatten(1) for size in (1, grid))
         truth = torch.zeros(self.num_classes, 1)
         truth[target] = 1
-        return torch.cat([truth, labels], dim=1) * (1 - self.smoothing) + self.smoothing / self.num_classes
+        return torch.cat([truth, torch.cat([whole, tokens], dim=1).softmax(dim=0)], dim=1)
 
     def _read_map(self, path: Path) -> Tensor:
         """Read a label map as scores [num_classes, H, H], 0 for the classes that are not in it."""

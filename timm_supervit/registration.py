@@ -21,7 +21,7 @@ __all__ = ['install_hooks']
 def install_hooks() -> None:
     """Install the hooks, once. Never raises: what fails becomes a warning when timm is used."""
     try:
-        from wrapt import __version__, register_post_import_hook  # type: ignore[attr-defined]  # its stubs lack the first
+        from wrapt import __version__, register_post_import_hook  # type: ignore[attr-defined]
 
         # Older ones never call a hook under Python 3.12, and say nothing.
         if tuple(map(int, __version__.split('.')[:2])) < (1, 14):

@@ -96,6 +96,59 @@ def name_unreadable_checkpoint(tasks: Any) -> None:
     tasks.resume_task_checkpoint = resume
 
 
+def posterize_to_no_bits(auto_augment: Any) -> None:
+    """Let RandAugment and AutoAugment posterize to 0 bits, which is an image of zeros, with Pillow 13 as before it.
+
+    Why: timm asks Pillow for 0 bits where a magnitude reaches 10, one posterized image in 44 with the recipes'
+    ``rand-m9-mstd0.5-inc1``. Pillow 13 refuses that, and neither magnitudes nor operations of a policy can be chosen.
+    Hangs on: the operations in ``timm.data.auto_augment.NAME_TO_OP`` that are its function ``posterize``.
+    Goes when: the oldest timm that we take asks for no 0 bits. Where timm and Pillow agree, it changes nothing.
+    """
+    from PIL import Image
+
+    posterize, operations = _look_up(auto_augment, 'posterize'), _look_up(auto_augment, 'NAME_TO_OP')
+    names = [name for name, operation in operations.items() if operation is posterize]
+    if not names:
+        raise LookupError(f'{auto_augment.__name__}.NAME_TO_OP has no operation posterize')
+    try:
+        posterize(Image.new('L', (1, 1)), 0)
+    except ValueError:
+        # A partial of two functions that modules have by name: workers that are spawned receive it by pickle.
+        operations.update(dict.fromkeys(names, functools.partial(_posterize, posterize)))
+
+
+def _posterize(posterize: Callable[..., Any], image: Any, bits_to_keep: int, **kwargs: Any) -> Any:
+    if bits_to_keep > 0:
+        return posterize(image, bits_to_keep, **kwargs)
+    from PIL import Image
+
+    return Image.new(image.mode, image.size)
+
+
+def read_label_maps(data: Any) -> None:
+    """Let ``create_dataset('label_maps/PATH', ...)`` add the label maps in a folder to the images of a training split.
+
+    Why: ``train.py`` creates its data sets by this function, and the kinds that it knows are written out in it.
+    Hangs on: ``timm.data.create_dataset(name, ..., is_training)``, and ``class_to_idx`` of timm's readers of folders.
+    Goes when: timm lets a package register kinds of data sets.
+    """
+    create_dataset = _look_up(data, 'create_dataset')
+
+    @functools.wraps(create_dataset)
+    def create(name: str, *args: Any, **kwargs: Any) -> Any:
+        kind, slash, label_root = name.partition('/')
+        if not slash or kind.lower() != 'label_maps':
+            return create_dataset(name, *args, **kwargs)
+        dataset = create_dataset('', *args, **kwargs)
+        if not kwargs.get('is_training'):
+            return dataset
+        from .label_maps import LabelMapDataset
+
+        return LabelMapDataset(dataset, label_root, num_classes=1 + max(dataset.reader.class_to_idx.values()))
+
+    data.create_dataset = create
+
+
 def _look_up(module: Any, name: str) -> Any:
     # Python itself would suspect a circular import, since the module is still being imported.
     if name not in vars(module):
@@ -119,4 +172,6 @@ def allow_recompilation() -> bool:
 PATCHES = (
     Patch('timm.task', create_supervit_task, 'ClassificationTask trains the active subnet of a SuperViT alone'),
     Patch('timm.task', name_unreadable_checkpoint, 'resuming from a damaged checkpoint does not name the file'),
+    Patch('timm.data', read_label_maps, 'train.py knows no --dataset label_maps/PATH'),
+    Patch('timm.data.auto_augment', posterize_to_no_bits, 'RandAugment fails now and then with Pillow 13'),
 )

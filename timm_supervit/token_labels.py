@@ -2,6 +2,7 @@
 
 With one label for the image, every patch token learns that label; with a label for each patch, its own.
 """
+import functools
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ class TokenLabelTask(SuperViTTask):
     against the image's label and that against the label of the image that the box came from, in the proportion of the
     box on the first subnet's grid.
 
-    Image labels, hard or soft, are learned by the training script's criterion, so with its label smoothing; labels of
-    tokens by soft cross-entropy.
+    Image labels, hard or soft, are learned by the training script's criterion; labels of tokens, and the image's label
+    beside them, by soft cross-entropy. Both have the label smoothing of the criterion, as in the official code.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
@@ -59,7 +60,9 @@ class TokenLabelTask(SuperViTTask):
         outputs = self._run(input, subnets, mix_box=box)
         (first, token_logits), *others = outputs  # [B, classes], [B, N, classes]; the others [B, classes]
         if target.ndim == 3:
-            criterion: Any = F.cross_entropy
+            # It has this name in timm's criteria, the other in torch's.
+            smoothing = getattr(self.criterion, 'smoothing', getattr(self.criterion, 'label_smoothing', 0.))
+            criterion: Any = functools.partial(F.cross_entropy, label_smoothing=smoothing)
             image_target, token_target = target[:, :, 1], target[:, :, 2:].transpose(1, 2).flatten(0, 1)
         else:
             criterion = self._judge
