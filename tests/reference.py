@@ -34,6 +34,8 @@ class ReferenceMlp(nn.Module):
 
 
 class ReferenceBlock(nn.Module):
+    drop_path = 0.  # how often training leaves out a residual branch of an image
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -42,6 +44,8 @@ class ReferenceBlock(nn.Module):
         self.mlp = ReferenceMlp(dim, int(dim * mlp_ratio))
 
     def scale(self, y: torch.Tensor) -> torch.Tensor:
+        if self.drop_path and self.training:
+            y = y * torch.empty(len(y), 1, 1, dtype=y.dtype).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
         return y
 
     def forward(self, x: torch.Tensor, keep_rate: float, by_score: bool = True, first: int = 1) -> torch.Tensor:
@@ -82,6 +86,11 @@ class ReferenceSuperViT(nn.Module):
         self.blocks = nn.ModuleList(ReferenceBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Let branches be left out more often the deeper they are, at ``rate`` in the last block."""
+        for block, own in zip(self.blocks, torch.linspace(0, rate, len(self.blocks)).tolist(), strict=True):
+            block.drop_path = own
 
     def forward(self, x: torch.Tensor, img_size: int, keep_rate: float) -> torch.Tensor:
         if x.shape[-1] != img_size:

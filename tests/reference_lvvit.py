@@ -33,7 +33,7 @@ class ReferenceLVBlock(ReferenceBlock):
         self.attn.qkv = nn.Linear(dim, 3 * dim, bias=False)
 
     def scale(self, y: torch.Tensor) -> torch.Tensor:
-        return y / self.skip_lam
+        return super().scale(y) / self.skip_lam
 
 
 class ReferenceLVViT(ReferenceSuperViT):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..subnets import check_img_size, check_subnet
 from .mix_token import Box, scale_box, swap_box
-from .supervit import SuperVisionTransformer, create_supervit, supervit_cfg
+from .supervit import SuperVisionTransformer, create_supervit, linear_macs, supervit_cfg
 from .token_keeping import TokenKeepingBlock
 
 __all__ = ['SuperLVViT']  # register_model adds each factory
@@ -197,12 +197,12 @@ class SuperLVViT(SuperVisionTransformer):
         """Return the multiply-accumulates of a subnet for one image: stem, blocks and both heads."""
         subnet = check_subnet(subnet, self.img_sizes)
         kept = min([self.grid_size(subnet.img_size) ** 2, *self._schedule(subnet).values()])
-        return super().macs(subnet) + kept * self.embed_dim * self.num_classes
+        return super().macs(subnet) + kept * linear_macs(self.aux_head)
 
     def _embed_macs(self, num_patches: int) -> int:
         stem = self.patch_embed
         pixels = num_patches * _halve(stem.patch_size[0]) ** 2
-        convs = sum(conv.weight.numel() for conv in (stem.conv1, stem.conv2, stem.conv3))
+        convs = sum(linear_macs(conv) for conv in (stem.conv1, stem.conv2, stem.conv3))
         return super()._embed_macs(num_patches) + pixels * convs
 
     def embed_patches(self, x: Tensor, mix_box: Box | None = None) -> Tensor:

@@ -249,17 +249,17 @@ class SuperVisionTransformer(VisionTransformer):
         """
         subnet = check_subnet(subnet, self.img_sizes)
         num_patches, schedule = self.grid_size(subnet.img_size) ** 2, self._schedule(subnet)
-        macs = self._embed_macs(num_patches) + _linear_macs(self.get_classifier())
+        macs = self._embed_macs(num_patches) + linear_macs(self.get_classifier())
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
             num_tokens = num_patches + self.num_prefix_tokens
-            macs += num_tokens * _linear_macs(block.attn) + 2 * num_tokens ** 2 * block.attn.attn_dim
+            macs += num_tokens * linear_macs(block.attn) + 2 * num_tokens ** 2 * block.attn.attn_dim
             num_patches = schedule.get(i, num_patches)
-            macs += (num_patches + self.num_prefix_tokens) * _linear_macs(block.mlp)
+            macs += (num_patches + self.num_prefix_tokens) * linear_macs(block.mlp)
         return macs
 
     def _embed_macs(self, num_patches: int) -> int:
-        return num_patches * self.patch_embed.proj.weight.numel()
+        return num_patches * linear_macs(self.patch_embed.proj)
 
     def _record_for_export(self, **settings: Any) -> None:
         # What timm's export writes as the model's arguments, for settings changed after create_model. timm has
@@ -644,9 +644,12 @@ def _check_attn_layer(attn_layer: Any) -> Any:
     return attn_layer
 
 
-def _linear_macs(module: nn.Module) -> int:
-    """Return the multiply-accumulates of a module's linear layers for one token."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def linear_macs(module: nn.Module) -> int:
+    """Return the multiply-accumulates of a module's linear layers and convolutions for one token, adapters included."""
+    # PEFT keeps the original of a layer that it trains as a whole, and does not run it.
+    return sum(
+        m.weight.numel() for name, m in module.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and 'original_module' not in name.split('.'))
 
 
 def _fill_in(dense: Tensor, x: Tensor, places: Tensor) -> Tensor:
