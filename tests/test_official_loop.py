@@ -83,8 +83,7 @@ def train(recipe: str, model: Any, batches: list[Batch], has_maps: bool) -> Run:
         lambda _, __, kwargs: draws.append({'subnets': kwargs['subnets'], 'box': kwargs.get('mix_box')}),
         with_kwargs=True)
     for epoch, (images, classes, maps) in enumerate(batches):
-        # As LabelMapDataset smooths them.
-        target = maps * (1 - args.smoothing) + args.smoothing / NUM_CLASSES if has_maps else classes
+        target = maps if has_maps else classes
         if mixup_fn:
             np.random.seed(epoch)
             images, target = mixup_fn(images.clone(), target)

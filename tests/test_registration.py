@@ -286,7 +286,8 @@ sys.meta_path.insert(0, Change())
 # What a release of timm could have other than the one this was written for, and what the warning says.
 OTHER_TIMMS = {
     'no ClassificationTask': ('timm.task', 'del module.ClassificationTask', 'timm.task has no ClassificationTask'),
-    'a ClassificationTask in C': ('timm.task', 'module.ClassificationTask = int', "cannot set '__new__'"),
+    'no TrainingTask': ('timm.task', 'del module.TrainingTask', 'timm.task has no TrainingTask'),
+    'a ClassificationTask of another kind': ('timm.task', 'module.ClassificationTask = int', 'is no TrainingTask'),
     'no resume_task_checkpoint': (
         'timm.task', 'del module.resume_task_checkpoint', 'timm.task has no resume_task_checkpoint'),
     'no create_dataset': ('timm.data', 'del module.create_dataset', 'timm.data has no create_dataset'),

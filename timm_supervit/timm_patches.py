@@ -37,7 +37,9 @@ def create_supervit_task(tasks: Any) -> None:
     Hangs on: ``timm.task.ClassificationTask``, and ``timm.task.TrainingTask.__new__``, which it inherits.
     Goes when: timm lets a model name its task, or registers tasks as it registers models.
     """
-    classification_task, training_task = tasks.ClassificationTask, tasks.TrainingTask
+    classification_task, training_task = _look_up(tasks, 'ClassificationTask'), _look_up(tasks, 'TrainingTask')
+    if not issubclass(classification_task, training_task):
+        raise LookupError(f'{tasks.__name__}.ClassificationTask is no TrainingTask')
     create = training_task.__new__
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
