@@ -14,9 +14,14 @@ from click.testing import CliRunner
 
 from timm_supervit.cli import main
 from timm_supervit.tools import files
-from timm_supervit.tools.files import fill_folder, write_text
+from timm_supervit.tools.files import fill_folder, replace_file
 
 NAMES = ('a.txt', 'b.txt', 'c.txt')
+
+
+def write_text(path, text):
+    with replace_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def fill(folder, content, names=NAMES):

@@ -21,7 +21,7 @@ from timm_supervit.tools.convert import convert_checkpoint
 from timm_supervit.tools.data import create_evaluation_loader, open_dataset
 from timm_supervit.tools.evaluate import evaluate
 from timm_supervit.tools.export import export_subnets
-from timm_supervit.tools.files import check_output_folder, fill_folder, replace_file, write_text
+from timm_supervit.tools.files import check_output_folder, fill_folder, replace_file
 from timm_supervit.tools.fingerprint import fingerprint
 from timm_supervit.tools.macs import count_macs
 from timm_supervit.tools.pictures import draw_operating_points
@@ -30,6 +30,11 @@ from timm_supervit.tools.results import COLUMNS, Results, load_results, save_res
 from timm_supervit.tools.visualize import find_kept_tokens
 
 CLASSES = 3
+
+
+def write_text(path, text):
+    with replace_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def make_model(**kwargs):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,13 @@ def test_it_reads_official_checkpoints_as_they_are(create: Any, tmp_path: Path, 
         'model': raw, 'model_ema': averaged, 'optimizer': optimizer.state_dict(), 'epoch': 299, 'scaler': {},
         'args': argparse.Namespace(lr=5e-4, output_dir=None, img_size_list=[128, 160, 192, 224]),
     }
-    assert_same_weights(load_by(route, create, checkpoint, tmp_path), averaged)
-    del checkpoint['model_ema']
-    assert_same_weights(load_by(route, create, checkpoint, tmp_path), raw)
+    with pytest.warns(UserWarning, match=r'averaged weights, model_ema; the published accuracies are of model'):
+        assert_same_weights(load_by(route, create, checkpoint, tmp_path), averaged)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert_same_weights(load_by(route, create, {'state_dict': raw, 'state_dict_ema': averaged}, tmp_path), averaged)
+        del checkpoint['model_ema']
+        assert_same_weights(load_by(route, create, checkpoint, tmp_path), raw)
 
 
 def test_it_reads_the_official_numbers_weights_from_a_file(load_golden: Any, tmp_path: Path) -> None:

@@ -151,6 +151,42 @@ def read_label_maps(data: Any) -> None:
     data.create_dataset = create
 
 
+def name_averaged_weights(helpers: Any) -> None:
+    """Warn where ``create_model(checkpoint_path=...)`` reads the averaged weights of an official DeiT checkpoint.
+
+    Why: timm prefers them to the raw ones, of which the published accuracies are; in a run that was resumed they are
+    those of a random start. A model is handed weights, and not the file that they are from.
+    Hangs on: ``timm.models._helpers.load_state_dict(checkpoint_path, use_ema, ...)``, through which all routes pass.
+    Goes when: timm warns itself, or hands on what it has read.
+    """
+    load_state_dict = _look_up(helpers, 'load_state_dict')
+
+    @functools.wraps(load_state_dict)
+    def load(checkpoint_path: Any, use_ema: bool = True, *args: Any, **kwargs: Any) -> Any:
+        state_dict = load_state_dict(checkpoint_path, use_ema, *args, **kwargs)
+        if use_ema and 'pos_embed_list.0' in state_dict and _is_official(checkpoint_path):
+            warnings.warn(
+                f'{checkpoint_path}: these are its averaged weights, model_ema; the published accuracies are of model, '
+                f'which timm.models.load_checkpoint(model, path, use_ema=False) and "supervit convert" read',
+                stacklevel=4)
+        return state_dict
+
+    helpers.load_state_dict = load
+
+
+def _is_official(checkpoint_path: Any) -> bool:
+    import argparse
+
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(checkpoint_path, map_location='meta', weights_only=True)
+    except Exception:  # it was just read, by rules of timm's
+        return False
+    return {'model', 'model_ema'} <= checkpoint.keys()
+
+
 def _look_up(module: Any, name: str) -> Any:
     # Python itself would suspect a circular import, since the module is still being imported.
     if name not in vars(module):
@@ -167,6 +203,7 @@ def allow_recompilation() -> bool:
     Goes when: torch raises the number, or lets a module choose its own.
     """
     import torch._dynamo.config as config
+
     config.cache_size_limit = max(config.cache_size_limit, 64)
     return True
 
@@ -174,6 +211,7 @@ def allow_recompilation() -> bool:
 PATCHES = (
     Patch('timm.task', create_supervit_task, 'ClassificationTask trains the active subnet of a SuperViT alone'),
     Patch('timm.task', name_unreadable_checkpoint, 'resuming from a damaged checkpoint does not name the file'),
+    Patch('timm.models._helpers', name_averaged_weights, 'nothing says which weights of an official file are read'),
     Patch('timm.data', read_label_maps, 'train.py knows no --dataset label_maps/PATH'),
     Patch('timm.data.auto_augment', posterize_to_no_bits, 'RandAugment fails now and then with Pillow 13'),
 )

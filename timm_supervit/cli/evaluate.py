@@ -1,5 +1,6 @@
 """``supervit evaluate``: accuracy and cost of every subnet."""
 import argparse
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,7 +52,7 @@ def command(
 
     from ..tools.data import create_evaluation_loader, open_dataset
     from ..tools.evaluate import evaluate
-    from ..tools.files import check_output_folder
+    from ..tools.files import check_output_folder, fill_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.progress import silent
     from ..tools.results import save_results
@@ -89,10 +90,11 @@ def command(
     results.network['weights_kind'] = options.weights_kind(**model_options)
     saved = ''
     if output:
-        path = save_results(results, output, 'evaluate')[0]
-        saved = f'; saved as {path}'
-        draw_operating_points(
-            results.rows, path.with_suffix('.png'), title=results.model + ' (partial)' * results.partial)
+        with fill_folder(output) as folder:  # all of it or nothing
+            path = save_results(results, folder, 'evaluate')[0]
+            draw_operating_points(
+                results.rows, path.with_suffix('.png'), title=results.model + ' (partial)' * results.partial)
+        saved = f'; saved as {Path(output) / path.name}'
     if results.partial:
         echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images{saved}.')
     print_grids(results, ['top1', 'top5', 'macs'])

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from ..subnets import Subnet, check_keep_rate
+from ..tools.text import visible
 
 __all__ = [
     'INTERRUPTED',
@@ -244,7 +245,9 @@ def show_weights(path: str, checkpoint: Any) -> None:
     averaged = checkpoint.entry.endswith('_ema')
     others = [entry for entry in checkpoint.others if entry.endswith('_ema') != averaged]
     also = f' (it also has {others[0]}; {"leaving out " * averaged}--use-ema reads that)' if others else ''
-    click.echo(f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}', err=True)
+    line = f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}'
+    with contextlib.suppress(OSError):  # results matter more than this line to a reader who has gone
+        click.echo(visible(line), err=True)
 
 
 def resolve_device(device: str | None) -> str:

@@ -1,4 +1,5 @@
 """``supervit profile``: what each subnet costs on a machine."""
+from pathlib import Path
 from typing import Any
 
 import click
@@ -74,7 +75,7 @@ def command(
 
     os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # torch's profiler, which sees the memory, logs each of its starts
 
-    from ..tools.files import check_output_folder
+    from ..tools.files import check_output_folder, fill_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.profile import profile
     from ..tools.results import COLUMNS, save_results
@@ -101,12 +102,13 @@ def command(
     mark = ' (partial)' * results.partial
     saved = ''
     if output:
-        path = save_results(results, output, 'profile')[0]
-        saved = f'; saved as {path}'
-        for setting, rows in by_setting.items():
-            suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
-            draw_operating_points(
-                rows, f'{path.with_suffix("")}{suffix}.png', y='latency_ms', title=f'{model}, {setting}{mark}')
+        with fill_folder(output) as folder:  # all of it or nothing
+            path = save_results(results, folder, 'profile')[0]
+            for setting, rows in by_setting.items():
+                suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
+                draw_operating_points(
+                    rows, f'{path.with_suffix("")}{suffix}.png', y='latency_ms', title=f'{model}, {setting}{mark}')
+        saved = f'; saved as {Path(output) / path.name}'
     if results.partial:
         echo(f'PARTIAL: interrupted after {results.info["rounds"]} of {rounds} rounds{saved}.')
     columns = [key for key, column in COLUMNS.items() if column.kind == 'cost']

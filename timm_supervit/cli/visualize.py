@@ -43,7 +43,7 @@ def command(
       supervit visualize supervit_small --checkpoint model_best.pth.tar photo.jpg \\
           --subnet 224:0.7 --subnet 128:0.5 --output pictures
     """
-    from ..tools.files import check_output_folder
+    from ..tools.files import check_output_folder, fill_folder
     from ..tools.results import save_results
     from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image, summarize
     from .tables import list_table, print_table
@@ -55,7 +55,8 @@ def command(
         found += find_kept_tokens(network, read_image(path, network), subnets or network.subnets, Path(path).stem)
     results = summarize(found, network, model)
     results.network['weights_kind'] = weights_kind(**settings)
-    save_results(results, output, 'visualize')
-    draw_kept_tokens(found, Path(output) / 'visualize.png')
+    with fill_folder(output) as folder:  # all of it or nothing
+        save_results(results, folder, 'visualize')
+        draw_kept_tokens(found, folder / 'visualize.png')
     print_table(list_table(
         results.rows, ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']))

@@ -260,14 +260,8 @@ class SuperLVViT(SuperVisionTransformer):
     ) -> Any:
         """Run subnets as ``SuperVisionTransformer`` does, or those of a training step with MixToken.
 
-        Args:
-            x: Images [B, C, H, W] of any size.
-            attn_mask: As for ``forward_features``.
-            is_causal: As for ``forward_features``.
-            img_size: As for ``forward_features``.
-            keep_rate: As for ``forward_features``.
-            subnets: Run these instead.
-            mix_box: With ``subnets``, MixToken's box on the grid of the largest size, empty for no mixing.
+        The other arguments are as there; ``mix_box``, with ``subnets``, is MixToken's box on the grid of the largest
+        size, empty for no mixing.
 
         Returns:
             Logits [B, num_classes]; a list of them with ``subnets``. With a box they are those of the class token

@@ -76,22 +76,12 @@ def resize_images(x: Tensor, img_size: int, in_chans: int) -> Tensor:
 class PositionEmbeddings(nn.ParameterList):
     """One learned position embedding [1, prefix + grid * grid, D] for each image size, ascending."""
 
-    def __init__(self, lengths: Sequence[int], embed_dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(torch.empty(1, length, embed_dim, device=device, dtype=dtype) for length in lengths)
-        self.reset_parameters()
-
     def reset_parameters(self) -> None:
         """Draw all embeddings anew, as timm's ViT does."""
         for pos_embed in self:
             trunc_normal_(pos_embed, std=.02)
 
     init_weights = reset_parameters  # the name by which timm's ViT initialization finds it
-
-    def replace(self, pos_embeds: Sequence[nn.Parameter]) -> None:
-        """Put other embeddings in place of the present ones; there may be more of them."""
-        for i, pos_embed in enumerate(pos_embeds[:len(self)]):
-            self[i] = pos_embed
-        self.extend(pos_embeds[len(self):])
 
     def select(self, index: int) -> Tensor:
         """Return the embedding of one size.
@@ -205,7 +195,9 @@ class SuperVisionTransformer(VisionTransformer):
         self.share_prefix = share_prefix
         self.subnet = Subnet(img_sizes[-1] if img_size is None else check_img_size(img_size), keep_rate)
         lengths = [self.grid_size(size) ** 2 + self.num_embed_prefix_tokens for size in img_sizes]
-        self.pos_embed_list = PositionEmbeddings(lengths, embed_dim, device=device, dtype=dtype)
+        self.pos_embed_list = PositionEmbeddings(
+            torch.empty(1, length, embed_dim, device=device, dtype=dtype) for length in lengths)
+        self.pos_embed_list.reset_parameters()
         # Behind the position embeddings again, as in timm, where code relies on the last parameters being the head's.
         for name, module in list(self.named_children()):
             if name not in ('patch_embed', 'pos_drop', 'patch_drop', 'norm_pre', 'pos_embed_list'):
@@ -367,7 +359,7 @@ class SuperVisionTransformer(VisionTransformer):
         super().set_input_size(img_size=(img_sizes[-1],) * 2, patch_size=(new_patch,) * 2)
         self.img_sizes = img_sizes
         self._record_for_export(img_sizes=img_sizes)
-        self.pos_embed_list.replace(pos_embeds)
+        self.pos_embed_list = PositionEmbeddings(pos_embeds)
         self.subnet = Subnet(new_size, self.subnet.keep_rate)
 
     def embed_patches(self, x: Tensor) -> Tensor:
@@ -430,13 +422,7 @@ class SuperVisionTransformer(VisionTransformer):
     ) -> Any:
         """Run the active subnet, or the given one, or several, for this call alone.
 
-        Args:
-            x: Images [B, C, H, W] of any size.
-            attn_mask: As for ``forward_features``.
-            is_causal: As for ``forward_features``.
-            img_size: As for ``forward_features``.
-            keep_rate: As for ``forward_features``.
-            subnets: Run these instead; see ``forward_subnets``.
+        The arguments are those of ``forward_features``; ``subnets`` runs these instead, see ``forward_subnets``.
 
         Returns:
             Logits [B, num_classes]; a list of them with ``subnets``.
@@ -451,18 +437,7 @@ class SuperVisionTransformer(VisionTransformer):
         return self.forward_head(self.forward_features(x, attn_mask, is_causal, img_size, keep_rate))
 
     def forward_subnets(self, x: Tensor, subnets: Sequence[tuple[int, float]]) -> list[Tensor]:
-        """Run several subnets on one batch; see ``forward_features_subnets``.
-
-        Args:
-            x: Images [B, C, H, W] of any size.
-            subnets: Pairs (img_size, keep_rate), in any order.
-
-        Returns:
-            Logits [B, num_classes] of each subnet, in the order of ``subnets``.
-
-        Raises:
-            ValueError: If one of them is no subnet of this model, or the images have another number of channels.
-        """
+        """Return the logits [B, num_classes] of several subnets on one batch, see ``forward_features_subnets``."""
         return self(x, subnets=subnets)  # a call of the model, which hooks and wrappers see
 
     @property
@@ -566,19 +541,7 @@ class SuperVisionTransformer(VisionTransformer):
         The intermediates are dense maps of the subnet's whole grid: where a patch was dropped, they hold the last value
         that its token had.
 
-        Args:
-            x: Images [B, C, H, W] of any size.
-            indices: Take the last n blocks if int, all if None, these if a sequence.
-            return_prefix_tokens: Return the class and register tokens beside each map.
-            norm: Apply the final norm to the intermediates.
-            stop_early: Stop after the last block that is asked for.
-            output_fmt: ``NCHW`` or ``NLC``.
-            intermediates_only: Return the intermediates alone.
-            output_dict: Return a dictionary with timm's keys.
-            attn_mask: As in timm's ViT, for blocks that drop nothing.
-            is_causal: As in timm's ViT, for blocks that drop nothing.
-            img_size: Size of the subnet (default: the active one).
-            keep_rate: Keep rate of the subnet (default: the active one).
+        The arguments are those of timm's ViT, and as in ``forward_features``.
 
         Returns:
             The final features as ``forward_features`` returns them and the intermediates, in the form asked for.
@@ -615,12 +578,7 @@ class SuperVisionTransformer(VisionTransformer):
             img_size: int | None = None,
             keep_rate: float | None = None,
     ) -> dict[int, Tensor]:
-        """Return which patches are left after each block that drops some.
-
-        Args:
-            x: Images [B, C, H, W] of any size.
-            img_size: Size of the subnet (default: the active one).
-            keep_rate: Keep rate of the subnet (default: the active one).
+        """Return which patches are left after each block that drops some; the arguments are as in ``forward_features``.
 
         Returns:
             For each dropping block, the places of the kept patches in the subnet's grid, row-major, best first [B, K].

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['TEMPORARY', 'check_output_folder', 'fill_folder', 'replace_file', 'write_text']
+__all__ = ['TEMPORARY', 'check_output_folder', 'fill_folder', 'replace_file']
 
 TEMPORARY = '.timm-supervit-'  # how the names of the hidden folders begin
 
@@ -73,12 +73,6 @@ def fill_folder(folder: str | os.PathLike) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in UTF-8, see ``replace_file``."""
-    with replace_file(path) as temporary:
-        temporary.write_text(text, encoding='utf-8')
 
 
 def check_output_folder(folder: str | os.PathLike) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..subnets import Subnet, check_img_size, check_keep_rate
-from .files import write_text
+from .files import fill_folder
 from .text import spreadsheet, visible
 
 __all__ = [
@@ -148,10 +148,10 @@ def save_results(results: Results, folder: str | os.PathLike, name: str) -> list
         OSError: If they cannot be written; a file of that name is then as it was.
     """
     name += '-partial' if results.partial else ''
-    paths = [Path(folder) / f'{name}.json', Path(folder) / f'{name}.csv']
-    write_text(paths[0], json.dumps(asdict(results), indent=2) + '\n')
-    write_text(paths[1], _to_csv(results.rows))
-    return paths
+    with fill_folder(folder) as new:
+        (new / f'{name}.json').write_text(json.dumps(asdict(results), indent=2) + '\n', encoding='utf-8')
+        (new / f'{name}.csv').write_text(_to_csv(results.rows), encoding='utf-8')
+    return [Path(folder) / f'{name}.json', Path(folder) / f'{name}.csv']
 
 
 def _to_csv(rows: Iterable[Row]) -> str:
