@@ -180,7 +180,9 @@ def test_a_replaced_attention_acts_in_every_block_or_is_refused(
         assert not any(torch.allclose(a, b) for a, b in zip(run_all(model, images), before, strict=True)), i
         model = small_model()
         replace(Uniform)(model.blocks[i])
-        assert not torch.allclose(model(images, keep_rate=1.0), before[1])
+        plain = model(images, keep_rate=1.0)
+        assert not torch.allclose(plain, before[1])
+        torch.testing.assert_close(model.forward_subnets(images, [(64, 1.0)])[0], plain, **ROUNDING)
         if i in model.drop_layers:
             for call in set(CALLS) - {'forward of all tokens'}:
                 with pytest.raises(TypeError, match=r'return_scores=True.*keep_rate=1\.0'):
@@ -203,6 +205,7 @@ def test_all_that_timm_s_attention_takes_acts_with_scores_too(settings: dict[str
     expected = attn(x)
     torch.manual_seed(0)
     torch.testing.assert_close(attn(x, return_scores=True)[0], expected, **ROUNDING)
+    torch.testing.assert_close(attn.eval()(x, num_queries=2), attn(x)[:, :2], **ROUNDING)
 
 
 def test_a_part_that_timm_s_attention_may_get_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,8 +260,7 @@ class SuperLVViT(SuperVisionTransformer):
     ) -> Any:
         """Run subnets as ``SuperVisionTransformer`` does, or those of a training step with MixToken.
 
-        The other arguments are as there; ``mix_box``, with ``subnets``, is MixToken's box on the grid of the largest
-        size, empty for no mixing.
+        ``mix_box``, with ``subnets``, is MixToken's box on the grid of the largest size, empty for no mixing.
 
         Returns:
             Logits [B, num_classes]; a list of them with ``subnets``. With a box they are those of the class token

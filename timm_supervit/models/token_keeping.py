@@ -72,9 +72,9 @@ def select_tokens(x: Tensor, places: Tensor) -> Tensor:
 
 
 class TokenKeepingAttention(Attention):
-    """timm's attention, which can also return how much the class token attends to each token."""
+    """timm's attention, able to attend from the first tokens alone, and to say what the class token attends to."""
 
-    # What the scored pass below runs. A part that a later timm adds would be left out in silence.
+    # What the pass below runs in the place of timm's. A part that a later timm adds would be left out in silence.
     _parts = {'qkv', 'q_norm', 'k_norm', 'attn_drop', 'norm', 'gate', 'proj', 'proj_drop'}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,26 +90,31 @@ class TokenKeepingAttention(Attention):
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
             return_scores: bool = False,
+            num_queries: int | None = None,
     ) -> Any:
         """Attend as timm's attention does.
 
         Args:
             x: Tokens of which the class token is the first [B, T, D].
-            attn_mask: As in timm's attention, without scores.
-            is_causal: As in timm's attention, without scores.
+            attn_mask: As in timm's attention, without what follows.
+            is_causal: As in timm's attention, without what follows.
             return_scores: Return the scores, too.
+            num_queries: Attend from this many of the first tokens alone, to all.
 
         Returns:
-            The attention's output [B, T, D]; with ``return_scores`` a pair of it and of the scores [B, T], the class
-            token's row of the attention matrix averaged over the heads, which carry no gradient.
+            The attention's output [B, T, D], [B, num_queries, D] if given; with ``return_scores`` a pair of it and of
+            the scores [B, T], the class token's row of the attention matrix averaged over the heads, which carry no
+            gradient.
         """
-        if not return_scores:
+        if not return_scores and num_queries is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # [B, H, T, d] each
-        q, k = self.q_norm(q), self.k_norm(k)
+        # Unbound where they lie: the gradients of the three are then put together in one copy, without a transpose.
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (q[:, :num_queries], k, v))  # [B, H, T, d] each
+        q, k, scores = self.q_norm(q), self.k_norm(k), None
         if self.fused_attn:
-            scores = class_attention(q[:, :, :1].detach(), k.detach(), self.scale)
+            if return_scores:
+                scores = class_attention(q[:, :, :1].detach(), k.detach(), self.scale)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
@@ -118,8 +123,9 @@ class TokenKeepingAttention(Attention):
             y = self.attn_drop(attn) @ v
         y = self.norm(y.transpose(1, 2).flatten(2))
         if self.gate is not None:
-            y = y * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y)), scores
+            y = y * self.gate(x[:, :num_queries]).sigmoid()
+        y = self.proj_drop(self.proj(y))
+        return (y, scores) if return_scores else y
 
 
 class TokenKeepingBlock(Block):
@@ -167,7 +173,11 @@ class TokenKeepingBlock(Block):
             x, order = self._attend_and_rank(x)
             return self._feed_forward(x), x, order
         if prefix_only:
-            y = self.attn(self.norm1(x))[:, :self.num_prefix_tokens]
+            y, num_queries = self.norm1(x), self.num_prefix_tokens
+            try:
+                y = self.attn(y, num_queries=num_queries)
+            except TypeError:  # what was put in its place knows no such argument
+                y = self.attn(y)[:, :num_queries]
             return self._feed_forward(x[:, :self.num_prefix_tokens] + self.drop_path1(self.ls1(y)))
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
