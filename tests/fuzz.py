@@ -138,7 +138,8 @@ def routes(folder: Path) -> Iterator[tuple[str, Callable[[str], Any]]]:
     yield 'convert', command('convert', '{path}', '--model', 'supervit_digits', '--output', '{output}')
     yield 'visualize', command(
         'visualize', 'supervit_digits', str(folder / 'image.png'), '--checkpoint', '{path}', '--output', '{output}')
-    yield 'export', command('export', 'supervit_digits', '--checkpoint', '{path}', '--output', '{output}')
+    yield 'export', command(
+        'export', 'supervit_digits', '--checkpoint', '{path}', '--format', 'pt2', '--output', '{output}')
     yield 'evaluate', command(
         'evaluate', 'supervit_digits', '--checkpoint', '{path}', '--data-dir', str(folder / 'data'))
 

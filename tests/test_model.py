@@ -8,11 +8,13 @@ import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from parity import list_grid
 from reference import ReferenceSuperViT
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.utils import ParseKwargs
@@ -73,6 +75,57 @@ def test_subnets_are_named_pairs_cheapest_first(small_model: Any) -> None:
         costs.append(counter.get_total_flops() // 2)
     assert costs == sorted(costs)
     assert costs == [model.macs(subnet) for subnet in model.subnets]
+
+
+MACS: dict[str, dict[str, Any]] = {
+    'gated linear units': dict(mlp_layer=GluMlp), 'SwiGLU': dict(mlp_layer=SwiGLU),
+    'SwiGLU in one': dict(mlp_layer=SwiGLUPacked), 'attention pooling': dict(global_pool='map'),
+    'attention pooling with the prefix': dict(global_pool='map', pool_include_prefix=True, reg_tokens=2),
+    'pooling by the tokens themselves': dict(global_pool='prr'), 'no pooling': dict(global_pool=''),
+    'register tokens': dict(reg_tokens=3), 'no classes': dict(num_classes=0), 'grey images': dict(in_chans=1),
+}
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+@pytest.mark.parametrize('kind', MACS)
+def test_macs_are_what_torch_counts_for_every_kind(small_model: Any, kind: str, name: str) -> None:
+    if name == 'supervit_lvvit_small' and 'pool' in kind:
+        pytest.skip('its head is its own')
+    model = small_model(name, **MACS[kind]).requires_grad_(False)  # the counter stumbles over a latent that learns
+    images = torch.zeros(1, model.in_chans, 64, 64)
+    for subnet in model.subnets:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            run_subnet(model, images, subnet)
+        assert counter.get_total_flops() // 2 == model.macs(subnet)
+
+
+NUMBERS: dict[str, Any] = {
+    'numpy': (np.int64(48), np.float64(0.6)), 'numpy in single precision': (np.int32(48), np.float32(0.5)),
+    'a list': [48, 0.6], 'a whole number as a rate': (48, 1),
+}
+
+
+@pytest.mark.parametrize('kind', NUMBERS)
+def test_numbers_of_any_kind_are_the_numbers_that_they_are(small_model: Any, images: Tensor, kind: str) -> None:
+    model, (img_size, keep_rate) = small_model(), NUMBERS[kind]
+    model.subnet = NUMBERS[kind]
+    assert model.subnet == (48, float(keep_rate))
+    assert [type(value) for value in model.subnet] == [int, float]
+    expected = run_subnet(model, images, (48, float(keep_rate)))
+    torch.testing.assert_close(run_subnet(model, images, (img_size, keep_rate)), expected, **EXACT)
+    torch.testing.assert_close(model.forward_subnets(images, [NUMBERS[kind]])[0], expected, **ROUNDING)
+    assert model.macs(NUMBERS[kind]) == model.macs(Subnet(48, float(keep_rate)))
+
+
+@pytest.mark.parametrize('subnet', [(48.0, 0.5), '48:0.5', (48,), 48, (True, 0.5), (48, '0.5'), (np.float64(48), 0.5)])
+def test_what_is_no_subnet_is_refused_at_once(small_model: Any, images: Tensor, subnet: Any) -> None:
+    model = small_model()
+    before = model.subnet
+    for use in (lambda: setattr(model, 'subnet', subnet), lambda: model.macs(subnet),
+                lambda: model.forward_subnets(images, [subnet])):
+        with pytest.raises(ValueError, match=r'as in|is not in \(0, 1\]'):
+            use()
+    assert model.subnet == before
 
 
 def test_the_costs_are_those_of_the_method() -> None:

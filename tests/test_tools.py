@@ -358,10 +358,9 @@ def test_tools_return_what_they_found_and_print_nothing(path):
     assert not any(isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'print' for node in ast.walk(tree))
 
 
-def test_every_tool_counts_macs_with_torchs_flop_counter(tmp_path, monkeypatch):
+def test_every_tool_takes_the_macs_that_the_model_gives(tmp_path, monkeypatch):
     model, subnet = make_model(), Subnet(16, 0.7)
-    expected = count_macs(model, **subnet._asdict())
-    monkeypatch.setattr(type(model), 'macs', lambda self, subnet: subnet.img_size)
+    monkeypatch.setattr(type(model), 'macs', lambda self, subnet: 1000 + subnet[0])
     loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)], model, num_workers=0)
     counted = [
         evaluate(model, loader, [subnet]).rows[0]['macs'],
@@ -369,7 +368,7 @@ def test_every_tool_counts_macs_with_torchs_flop_counter(tmp_path, monkeypatch):
         find_kept_tokens(model, torch.zeros(3, 24, 24), [subnet])[0].macs,
         export_subnets(model, [subnet], tmp_path, 'pt2')['files'][0]['macs'],
     ]
-    assert counted == [expected] * 4
+    assert counted == [1016] * 4
 
 
 def test_progress_is_told_what_is_done_and_how_many_steps_there_are():
@@ -388,12 +387,14 @@ def test_progress_is_told_what_is_done_and_how_many_steps_there_are():
 # Evaluation
 
 
-@pytest.mark.parametrize('name', ['supervit_digits', 'supervit_tiny'])
-def test_macs_of_the_flop_counter_are_those_of_the_formula(name):
+@pytest.mark.parametrize('name', ['supervit_digits', 'supervit_tiny', 'test_vit'])
+def test_other_networks_are_counted_alike_and_left_alone(name):
     model = timm.create_model(name)
     before = {key: value.device for key, value in model.state_dict().items()}
-    for subnet in (model.subnets[0], model.subnets[-1]):
-        assert count_macs(model, **subnet._asdict()) == model.macs(subnet)
+    count = count_macs(model)
+    assert count > 0
+    if name != 'test_vit':
+        assert count == model.macs(model.subnet)
     assert {key: value.device for key, value in model.state_dict().items()} == before
 
 

@@ -193,11 +193,8 @@ class SuperLVViT(SuperVisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._create_aux_head()
 
-    def macs(self, subnet: tuple[int, float]) -> int:
-        """Return the multiply-accumulates of a subnet for one image: stem, blocks and both heads."""
-        subnet = check_subnet(subnet, self.img_sizes)
-        kept = min([self.grid_size(subnet.img_size) ** 2, *self._schedule(subnet).values()])
-        return super().macs(subnet) + kept * linear_macs(self.aux_head)
+    def _head_macs(self, num_patches: int) -> int:
+        return super()._head_macs(num_patches) + num_patches * linear_macs(self.aux_head)
 
     def _embed_macs(self, num_patches: int) -> int:
         stem = self.patch_embed

@@ -115,13 +115,7 @@ class SuperVisionTransformer(VisionTransformer):
     number of threads can run any subnets at once. Images of any size are resized inside.
 
     Attributes:
-        img_sizes: Sides of the square images, in pixels, ascending.
-        keep_rates: Keep rates of the grid, ascending.
-        drop_layers: Blocks that drop tokens, counted from 0.
-        train_subnets: Which subnets a training step of ``SuperViTTask`` runs.
-        distill_teacher: Which subnet those that drop tokens learn from in that step.
-        share_prefix: Whether ``forward_subnets`` computes what subnets of one size have in common once.
-        task_class: The task that trains the model, as module:name.
+        task_class: The task that trains the model, as module:name. The settings are attributes, too, by their names.
     """
 
     task_class = 'timm_supervit.task:SuperViTTask'
@@ -235,23 +229,32 @@ class SuperVisionTransformer(VisionTransformer):
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
     def macs(self, subnet: tuple[int, float]) -> int:
-        """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks and head.
+        """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks, pooling and head.
 
         They are those that torch's flop counter sees in ``forward``.
         """
         subnet = check_subnet(subnet, self.img_sizes)
         num_patches, schedule = self.grid_size(subnet.img_size) ** 2, self._schedule(subnet)
-        macs = self._embed_macs(num_patches) + linear_macs(self.get_classifier())
+        macs = self._embed_macs(num_patches)
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
             num_tokens = num_patches + self.num_prefix_tokens
             macs += num_tokens * linear_macs(block.attn) + 2 * num_tokens ** 2 * block.attn.attn_dim
             num_patches = schedule.get(i, num_patches)
             macs += (num_patches + self.num_prefix_tokens) * linear_macs(block.mlp)
-        return macs
+        return macs + self._head_macs(num_patches)
 
     def _embed_macs(self, num_patches: int) -> int:
         return num_patches * linear_macs(self.patch_embed.proj)
+
+    def _head_macs(self, num_patches: int) -> int:
+        num_tokens, pool = num_patches + self.num_prefix_tokens, self.attn_pool
+        macs = linear_macs(self.get_classifier()) * (1 if self.global_pool else num_tokens)
+        if self.global_pool == 'map':
+            num_keys = num_tokens if self.pool_include_prefix else num_patches
+            rest = linear_macs(pool) - linear_macs(pool.kv) + 2 * num_keys * self.embed_dim
+            return macs + num_keys * linear_macs(pool.kv) + pool.latent_len * rest
+        return macs + 2 * num_tokens ** 2 * self.embed_dim * (self.global_pool == 'prr')
 
     def _record_for_export(self, **settings: Any) -> None:
         # What timm's export writes as the model's arguments, for settings changed after create_model. timm has

@@ -12,7 +12,6 @@ from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .data import ReadableImages
 from .fingerprint import fingerprint
-from .macs import count_macs
 from .progress import Progress, silent
 from .results import Results
 
@@ -53,7 +52,7 @@ def evaluate(
         ValueError: If a class is none of the model's, or there is no such subnet.
     """
     chosen = model.subnets if subnets is None else [Subnet(*subnet) for subnet in subnets]
-    macs = [count_macs(model, **subnet._asdict()) for subnet in chosen]  # first of all, since it checks the subnets
+    macs = [model.macs(subnet) for subnet in chosen]  # first of all, since it checks the subnets
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, amp_dtype) if amp_dtype else contextlib.nullcontext()
     limit = evaluation_sample_limit(loader)

@@ -20,7 +20,6 @@ from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .files import fill_folder
 from .fixed_subnet import FixedSubnet
-from .macs import count_macs
 from .progress import Progress, silent
 
 __all__ = ['BATCH_SIZES', 'FORMATS', 'TOLERANCE', 'ExportError', 'export_subnets', 'load_program', 'write_program']
@@ -92,7 +91,7 @@ def _export(model: SuperVisionTransformer, subnet: Subnet, folder: Path, name: s
         'file': path.name,
         'img_size': subnet.img_size,
         'keep_rate': subnet.keep_rate,
-        'macs': count_macs(model, **subnet._asdict()),
+        'macs': model.macs(subnet),
         'bytes': path.stat().st_size,
         'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
         'max_difference': _compare(network, path),

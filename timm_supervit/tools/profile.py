@@ -139,7 +139,7 @@ def _networks(
 ) -> list[_Network]:
     networks = []
     for subnet in subnets:
-        row = dict(subnet._asdict(), macs=count_macs(model, **subnet._asdict()))
+        row = dict(subnet._asdict(), macs=model.macs(subnet))
         input_size = (model.in_chans, model.img_sizes[-1], model.img_sizes[-1])
         networks.append(_Network(row, FixedSubnet(model.to(device), subnet), input_size))
     for peer in peers:

@@ -20,7 +20,6 @@ from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet
 from .evaluate import check_finite
 from .fingerprint import fingerprint
-from .macs import count_macs
 from .pictures import save_picture
 from .results import Results, column_of
 
@@ -106,7 +105,7 @@ def find_kept_tokens(
         probability, index = logits.softmax(dim=1).max(dim=1)
         pixels = resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean  # [C, H, W]
         found.append(KeptTokens(
-            title, subnet, count_macs(model, **subnet._asdict()), class_name(model, int(index)), probability.item(),
+            title, subnet, model.macs(subnet), class_name(model, int(index)), probability.item(),
             pixels.clamp(0, 1).permute(1, 2, 0).numpy(),
             {block: _to_grid(patches[0].cpu(), model.grid_size(subnet.img_size))
              for block, patches in model.kept_patches(x, **subnet._asdict()).items()},
