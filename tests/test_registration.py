@@ -290,8 +290,10 @@ OTHER_TIMMS = {
     'a ClassificationTask of another kind': ('timm.task', 'module.ClassificationTask = int', 'is no TrainingTask'),
     'no resume_task_checkpoint': (
         'timm.task', 'del module.resume_task_checkpoint', 'timm.task has no resume_task_checkpoint'),
-    'no load_state_dict': (
-        'timm.models._helpers', 'del module.load_state_dict', 'timm.models._helpers has no load_state_dict'),
+    'no load_state_dict': (  # of its own; timm itself imports it from there
+        'timm.models._helpers',
+        'module.__getattr__ = dict(load_state_dict=vars(module).pop("load_state_dict")).get',
+        'timm.models._helpers has no load_state_dict'),
     'no create_dataset': ('timm.data', 'del module.create_dataset', 'timm.data has no create_dataset'),
     'no posterize': ('timm.data.auto_augment', 'del module.posterize', 'timm.data.auto_augment has no posterize'),
     'no NAME_TO_OP': ('timm.data.auto_augment', 'del module.NAME_TO_OP', 'timm.data.auto_augment has no NAME_TO_OP'),
