@@ -5,6 +5,7 @@ The tolerances are those of the golden numbers: in float64 logits and losses to 
 """
 from typing import Any
 
+import pytest
 import timm
 import torch
 
@@ -51,3 +52,11 @@ def assert_official_gradients(model: Any, tensors: dict[str, torch.Tensor], read
     """Compare gradients with the official ones, or with those of another reading of the method."""
     start = f'{reading}grad.'
     assert_gradients(model, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+
+
+def import_fully_shard() -> Any:
+    """Return FSDP2's function that shards a module; skip the test where torch is older than 2.6."""
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    if not hasattr(fsdp, 'fully_shard'):
+        pytest.skip('this torch has no fully_shard')
+    return fsdp.fully_shard

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from parity import import_fully_shard
 from timm.layers import set_fused_attn
 from timm.task import ClassificationTask
 from timm.utils import AttentionExtract
@@ -294,8 +295,7 @@ def test_timm_s_own_checkpointing_runs_reentrant_too(
 
 def shard_and_train(rank: int, folder: str, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Train on one of two ranks with each block and the rest sharded; save what comes out."""
-    from torch.distributed.fsdp import fully_shard
-
+    fully_shard = import_fully_shard()
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
     model = timm.create_model('supervit_tiny', **settings)
@@ -315,9 +315,7 @@ def shard_and_train(rank: int, folder: str, state: dict[str, Tensor], settings: 
 
 
 def test_sharded_blocks_train_and_run_several_subnets(small_model: Any, images: Tensor, tmp_path: Path) -> None:
-    fsdp = pytest.importorskip('torch.distributed.fsdp')
-    if not hasattr(fsdp, 'fully_shard'):
-        pytest.skip('this torch has no fully_shard')
+    import_fully_shard()
     model = small_model()
     settings = dict(
         img_sizes=model.img_sizes, keep_rates=model.keep_rates, drop_layers=model.drop_layers, embed_dim=48, depth=4,

@@ -17,6 +17,7 @@ import timm
 import torch
 from hub_server import hub_environment, serve
 from huggingface_hub import load_torch_model, save_torch_model
+from parity import import_fully_shard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from timm_supervit import Subnet
 
@@ -478,6 +478,8 @@ def test_a_folder_of_shards_is_loaded_shard_by_shard(create: Any, tmp_path: Path
 
 
 def test_distributed_checkpoints_of_trainable_parameters_are_loaded(create: Any, process_group: None) -> None:
+    fully_shard = import_fully_shard()
+
     def shard(model: Any) -> Any:
         mesh = init_device_mesh('cpu', (1,))
         for name, parameter in model.named_parameters():
