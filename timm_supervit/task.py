@@ -266,5 +266,5 @@ class SuperViTTask(ClassificationTask):
             ema: bool = False,
     ) -> None:
         """Go on drawing subnets where the checkpoint stopped; one without this state leaves the generator alone."""
-        if state and not ema:
+        if state and not ema and 'subnet_draws' in state:
             self.draws.setstate(state['subnet_draws'])

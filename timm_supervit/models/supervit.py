@@ -486,7 +486,7 @@ class SuperVisionTransformer(VisionTransformer):
                 [self._schedule(wanted[i]) for i in members], [needed[i] for i in members],
                 self.grid_size(img_size) ** 2, len(self.blocks))
             for leaf, y in self._run_branch(self.embed(x, img_size, **kwargs), tree):
-                tokens |= dict.fromkeys((members[i] for i in leaf.members), self.norm(y))
+                tokens.update(dict.fromkeys((members[i] for i in leaf.members), self.norm(y)))
         return [tokens[i] for i in range(len(wanted))]
 
     def _run_branch(self, x: Tensor, branch: Branch) -> Iterator[tuple[Branch, Tensor]]:
