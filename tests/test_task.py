@@ -523,3 +523,15 @@ def test_an_empty_batch_is_refused_and_one_image_trains(small_model: Any, images
     result = task(images[:1], TARGET[:1])
     result['loss'].backward()
     assert result['loss'].isfinite()
+
+
+@pytest.mark.parametrize('arguments, interval', [
+    ([], 50), (['--log-interval', '7'], 7), (['--log-interval=7'], 7), (['--log-interval', 'seven'], 50)])
+def test_the_interval_of_the_log_is_the_script_s(
+        create_task: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        arguments: list[str],
+        interval: int,
+) -> None:
+    monkeypatch.setattr('sys.argv', ['train.py', *arguments])
+    assert create_task().log_interval == interval

@@ -7,9 +7,11 @@ training script.
 import logging
 import math
 import random
+import re
 import statistics
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +83,9 @@ class SuperViTTask(ClassificationTask):
     then. An interval of 1 finds it in its own step.
 
     Attributes:
-        log_interval: Steps from one log line to the next. It is the default of timm's ``train.py``, which does not tell
-            its own to the task.
+        log_interval: Steps from one log line to the next: ``--log-interval`` of the command line, where it is there, or
+            the default of timm's ``train.py``, which hands no arguments to its task.
     """
-
-    log_interval = 50
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Create the task.
@@ -99,6 +99,8 @@ class SuperViTTask(ClassificationTask):
         self.draws = random.Random(torch.initial_seed())
         self._sums: dict[tuple[str, Subnet], tuple[Tensor, int]] = {}  # of the losses since the last log line
         self._num_steps = 0
+        given = re.search(r'--log-interval[= ](\d+)', ' '.join(sys.argv))
+        self.log_interval = max(1, int(given[1])) if given else 50
         if self.verbose:
             _logger.info(
                 f'Super-training img_sizes {self.model.img_sizes} x keep_rates {self.model.keep_rates}, '
@@ -107,10 +109,7 @@ class SuperViTTask(ClassificationTask):
     @property
     def model(self) -> SuperVisionTransformer:
         """The SuperViT without wrappers."""
-        model = find_supervit(self.trainable_module)
-        if model is None:
-            raise TypeError(f'{type(self.trainable_module).__name__} is no SuperViT')
-        return model
+        return cast(SuperVisionTransformer, find_supervit(self.trainable_module))
 
     def sample_subnets(self) -> list[Subnet]:
         """Draw the subnets of one step, each size's network that keeps all tokens before those that learn from it."""
