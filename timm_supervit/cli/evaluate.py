@@ -71,7 +71,8 @@ def command(
     if output:
         check_output_folder(output)
     images = open_dataset(data_dir, dataset, split)
-    epochs = find_epochs(model_options['model']) if Path(model_options['model']).is_dir() else {}
+    given = model_options['model']
+    epochs = find_epochs(given) if Path(given).is_dir() else {}
     if epochs:
         model_options['model'] = str(epochs[max(epochs)])
     network = options.load_network(**model_options, name_classes=False)
@@ -100,7 +101,7 @@ def command(
     if not is_primary(setup):
         return
     results.info |= {
-        'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': network.path,
+        'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': given if epochs else network.path,
         'device': setup.device, 'precision': amp_dtype if amp else 'float32'}
     results.network['weights_kind'] = network.weights_kind
     saved = ''
