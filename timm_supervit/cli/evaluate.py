@@ -1,14 +1,16 @@
 """``supervit evaluate``: accuracy and cost of every subnet."""
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @options.model_options
 @click.option('--data-dir', metavar='DIR', help='Folder of the data set: a folder of images for each class.')
@@ -116,6 +118,7 @@ def command(
         rows, count = results.rows, len({row['epoch'] for row in results.rows}) if epochs else 0
         done = f'{count} of {len(epochs)} epochs' if epochs else f'{rows[0]["count"]} of {len(images)} images'
         echo(f'PARTIAL: interrupted after {done}{saved}.')
+    print_json(asdict(results))
     if epochs:
         table = table_of_epochs(results)
         print_table(list_table(table, list(table[0]), title=f'{results.model}, top-1 [%]'))
