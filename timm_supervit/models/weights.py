@@ -5,14 +5,14 @@ passes; names where all of them must be there: with ``strict=True``, and in a fi
 """
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-__all__ = ['adapt_state_dict', 'check_names', 'checkpoint_filter_fn']
+__all__ = ['adapt_state_dict', 'check_names', 'checkpoint_filter_fn', 'plain_views', 'read_backbone']
 
 
 def adapt_state_dict(model: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
@@ -51,8 +51,46 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, An
     """Return the weights in a file, which timm may load leniently; a RuntimeError if more than the head is missing."""
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     norm = '' if 'fc_norm.weight' in {*state_dict, *model.state_dict()} else r'|norm\.'  # else it goes with the head
-    check_names(model, state_dict, 'cls_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
+    check_names(model, state_dict, 'cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
     return state_dict
+
+
+class PlainView:
+    """A SuperViT as timm's readers of weights see a plain ViT: with one position embedding, of one image size."""
+
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+def plain_views(model: Any) -> Iterator[PlainView]:
+    """Yield a SuperViT as the plain ViT of each of its image sizes."""
+    for img_size, pos_embed in zip(model.img_sizes, model.pos_embed_list, strict=True):
+        patch_embed = PlainView(model.patch_embed, grid_size=(model.grid_size(img_size),) * 2)
+        yield PlainView(model, pos_embed=pos_embed, patch_embed=patch_embed)
+
+
+def read_backbone(filter_fn: Callable[..., Any], state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return the weights in a file of a backbone, read as a plain ViT of each image size reads them.
+
+    Args:
+        filter_fn: The backbone's own reader, which takes a state dict and the model.
+        state_dict: What is in the file.
+        model: The SuperViT.
+    """
+    *others, largest = plain_views(model)
+    result = filter_fn(_copy(state_dict), largest)  # readers change what they are given
+    if 'pos_embed' in result:
+        for i, plain in enumerate(others):
+            result[f'pos_embed_list.{i}'] = filter_fn(_copy(state_dict), plain)['pos_embed']
+        result[f'pos_embed_list.{len(others)}'] = result.pop('pos_embed')
+    return checkpoint_filter_fn(result, model)
+
+
+def _copy(state_dict: Any) -> Any:
+    return {key: _copy(value) for key, value in state_dict.items()} if isinstance(state_dict, dict) else state_dict
 
 
 def _spread_pos_embed(model: Any, state_dict: dict[str, Any], prefix: str) -> None:
@@ -67,7 +105,8 @@ def _spread_pos_embed(model: Any, state_dict: dict[str, Any], prefix: str) -> No
                              f'create the model with the reg_tokens and no_embed_class of these weights')
         for i, grid_size in enumerate(map(model.grid_size, model.img_sizes)):
             state_dict[f'{key}_list.{i}'] = resample_abs_pos_embed(
-                plain, new_size=[grid_size, grid_size], num_prefix_tokens=num_prefix_tokens)
+                plain, new_size=[grid_size, grid_size], num_prefix_tokens=num_prefix_tokens,
+                **model.pos_embed_resampling)
     except Exception as error:  # no tensor, another layout, ...
         _refuse(model, state_dict, prefix, [f'{key} cannot be resampled: {error}'])
 
