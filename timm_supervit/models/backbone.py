@@ -28,6 +28,7 @@ from timm.models import (
 )
 from timm.models.vision_transformer import Block
 
+from ..subnets import Size, check_img_size, sort_sizes
 from .distilled import SuperVisionTransformerDistilled
 from .hybrid_stem import get_reduction
 from .supervit import SuperVisionTransformer, create_supervit
@@ -184,13 +185,12 @@ def _is_subclass(cls: Any, parent: type) -> bool:
     return isinstance(cls, type) and issubclass(cls, parent)
 
 
-def _default_sizes(img_size: tuple[int, int], settings: dict[str, Any]) -> list[Any]:
+def _default_sizes(img_size: tuple[int, int], settings: dict[str, Any]) -> tuple[Size, ...]:
     """Return 4/7, 5/7, 6/7 and 7/7 of an image size in whole patches."""
     patch = to_2tuple(settings.get('patch_size', 16))
     stem = getattr(settings.get('embed_layer'), 'keywords', {}).get('backbone')
     if stem is not None:
         patch = tuple(p * r for p, r in zip(patch, get_reduction(stem), strict=True))
-    grids = {
-        tuple(max(1, round(size // p * seventh / 7)) * p for size, p in zip(img_size, patch, strict=True))
-        for seventh in (4, 5, 6, 7)}
-    return [height if height == width else (height, width) for height, width in sorted(grids)]
+    return sort_sizes({check_img_size([
+        max(1, round(side // reduction * sevenths / 7)) * reduction
+        for side, reduction in zip(img_size, patch, strict=True)]) for sevenths in (4, 5, 6, 7)})
