@@ -217,13 +217,13 @@ def _check_settings(settings: dict[str, Any]) -> None:
     known: dict[str, inspect.Parameter] = {}
     for cls in reversed(SuperLVViT.__mro__[:-1]):  # it, the other SuperViTs and timm's ViT; not ``object``
         known |= inspect.signature(cls).parameters
-    names = known.keys() - {'args', 'kwargs'}
+    names = known.keys() - {'args', 'kwargs'} | {'backbone'}
     for name, value in settings.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             remedy = f'did you mean {near[0]}?' if near else f'it has {", ".join(sorted(names))}'
             raise click.BadParameter(f'SuperViT has no setting {name!r}; {remedy}', param_hint='--model-kwargs')
-        wanted = _WORDS.get(type(known[name].default))
+        wanted = _WORDS.get(type(known[name].default)) if name in known else None
         if wanted and isinstance(value, str):
             raise click.BadParameter(f'{name}={value} should be {wanted}', param_hint='--model-kwargs')
 

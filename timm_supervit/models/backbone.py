@@ -28,7 +28,7 @@ from timm.models import (
 )
 from timm.models.vision_transformer import Block
 
-from ..subnets import Size, check_img_size, sort_sizes
+from ..subnets import Size, check_img_size, check_img_sizes, check_patch_size, sort_sizes
 from .distilled import SuperVisionTransformerDistilled
 from .hybrid_stem import get_reduction
 from .supervit import SuperVisionTransformer, create_supervit
@@ -65,10 +65,6 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
     """
     factory, pretrained_cfg = _find(backbone), kwargs.pop('pretrained_cfg', None)
     cfg = _resolve_cfg(backbone, pretrained_cfg, kwargs.pop('pretrained_cfg_overlay', None))
-    if pretrained and not any(cfg.get(key) for key in ('url', 'file', 'hf_hub_id', 'state_dict')):
-        raise RuntimeError(
-            f'backbone {backbone!r} has no pretrained weights; use pretrained=False, a tag that has some, or '
-            f'pretrained_cfg_overlay=dict(file=PATH)')
     models = []
 
     def build(model_cls: Any, *_: Any, pretrained_filter_fn: Any = None, **settings: Any) -> Any:
@@ -76,8 +72,12 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
         own_size = settings.pop('img_size', cfg['input_size'][-2:])
         settings |= kwargs
         super_cls = _choose_class(backbone, model_cls, settings)
-        if 'img_sizes' not in settings:
-            settings['img_sizes'] = _default_sizes(to_2tuple(own_size), settings)
+        if pretrained and not any(cfg.get(key) for key in ('url', 'file', 'hf_hub_id', 'state_dict')):
+            raise RuntimeError(
+                f'backbone {backbone!r} has no pretrained weights; use pretrained=False, a tag that has some, or '
+                f'pretrained_cfg_overlay=dict(file=PATH)')
+        side = _pixels_per_patch(settings)
+        settings['img_sizes'] = check_img_sizes(settings.get('img_sizes', _default_sizes(own_size, side)), side)
         depth = settings.get('depth', 12)
         settings.setdefault('drop_layers', sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
         resampling = {key: value for key, value in getattr(pretrained_filter_fn, 'keywords', {}).items()
@@ -160,14 +160,14 @@ def _choose_class(backbone: str, model_cls: Any, settings: dict[str, Any]) -> ty
         relative = 'RelPos' in kind or any(re.search('rel_pos|rot_pos', key) and settings[key] for key in settings)
         found = 'its positions are relative or rotary' if relative else 'it is no VisionTransformer'
         reason = f'{found} ({kind})'
-    elif not settings.get('class_token', True):
-        reason = 'it has no class token, by whose attention tokens are ranked'
-    elif settings.get('pos_embed', 'learn') != 'learn':
-        reason = 'it has no learned position embedding'
     elif block_fn is not Block and not _is_subclass(block_fn, TokenKeepingBlock):
         reason = f'its blocks are {_name(block_fn)}, not Block'
     elif attn_layer not in ('', 'attn', Attention) and not _is_subclass(attn_layer, TokenKeepingAttention):
         reason = f'its attention is {"differential" if attn_layer == "diff" else _name(attn_layer)}, not Attention'
+    elif not settings.get('class_token', True):
+        reason = 'it has no class token, by whose attention tokens are ranked'
+    elif settings.get('pos_embed', 'learn') != 'learn':
+        reason = 'it has no learned position embedding'
     if reason:
         raise ValueError(
             f'backbone {backbone!r} cannot become a SuperViT: {reason}. Choose a VisionTransformer of timm that has a '
@@ -185,12 +185,13 @@ def _is_subclass(cls: Any, parent: type) -> bool:
     return isinstance(cls, type) and issubclass(cls, parent)
 
 
-def _default_sizes(img_size: tuple[int, int], settings: dict[str, Any]) -> tuple[Size, ...]:
+def _pixels_per_patch(settings: dict[str, Any]) -> int:
+    stem = getattr(settings.get('embed_layer'), 'keywords', {}).get('backbone')  # a convolutional one
+    return check_patch_size(settings.get('patch_size', 16)) * (get_reduction(stem) if stem is not None else 1)
+
+
+def _default_sizes(img_size: Any, patch_size: int) -> tuple[Size, ...]:
     """Return 4/7, 5/7, 6/7 and 7/7 of an image size in whole patches."""
-    patch = to_2tuple(settings.get('patch_size', 16))
-    stem = getattr(settings.get('embed_layer'), 'keywords', {}).get('backbone')
-    if stem is not None:
-        patch = tuple(p * r for p, r in zip(patch, get_reduction(stem), strict=True))
-    return sort_sizes({check_img_size([
-        max(1, round(side // reduction * sevenths / 7)) * reduction
-        for side, reduction in zip(img_size, patch, strict=True)]) for sevenths in (4, 5, 6, 7)})
+    return sort_sizes({
+        check_img_size([max(1, round(side // patch_size * sevenths / 7)) * patch_size for side in to_2tuple(img_size)])
+        for sevenths in (4, 5, 6, 7)})

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 __all__ = ['count_positions', 'get_reduction']
 
 
-def get_reduction(stem: nn.Module) -> tuple[int, int]:
-    """Return how many pixels high and wide the part of an image is from which a stem makes one position of its map."""
+def get_reduction(stem: nn.Module) -> int:
+    """Return by how much a stem makes an image smaller, in each direction."""
     side = 256  # a multiple of every stem's reduction
-    height, width = _run_on_meta(stem, (side, side)).shape[-2:]
-    return side // height, side // width
+    return side // _run_on_meta(stem, (side, side)).shape[-1]
 
 
 def count_positions(stem: nn.Module, img_size: tuple[int, int]) -> dict[str, int]:
