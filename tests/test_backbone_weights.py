@@ -1,4 +1,4 @@
-"""SuperViTs start from the weights of timm's own vision transformers, in any form that timm reads, and come back alone."""
+"""SuperViTs start from the weights of timm's vision transformers in any form that timm reads, and come back alone."""
 import json
 import socket
 from typing import Any
@@ -197,7 +197,7 @@ def test_a_network_with_a_backbone_of_its_own_takes_no_other(name):
 
 
 def test_a_backbone_without_weights_says_so(offline):
-    with pytest.raises(RuntimeError, match='vit_base_r26_s32_224.* has no pretrained weights'):
+    with pytest.raises(RuntimeError, match=r'vit_base_r26_s32_224.* has no pretrained weights'):
         supervit('vit_base_r26_s32_224', pretrained=True)
 
 

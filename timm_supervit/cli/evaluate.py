@@ -39,18 +39,26 @@ def command(
 ) -> None:
     """Evaluate all subnets of MODEL in one pass over a data set.
 
+    MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
+
+    Of the folder that train.py wrote its checkpoints to, all epochs that are still there are evaluated: the table has
+    the top-1 accuracy of all subnets after each, and --output gets epochs.json, epochs.csv and epochs.png. train.py
+    keeps the ten best epochs, or --checkpoint-hist of them.
+
     Prints top-1 and top-5 accuracy and the multiply-accumulates of each subnet. --output writes evaluate.json,
     evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far, writes it as evaluate-partial and exits
     with 130.
 
     \b
-    supervit evaluate supervit_small --checkpoint model_best.pth.tar --data-dir imagenet --output results
+    supervit evaluate model_best.pth.tar --data-dir imagenet --output results
+    supervit evaluate output/train/NAME --use-ema --data-dir imagenet --output results
     torchrun --nproc-per-node 4 --no-python supervit evaluate supervit_small --data-dir imagenet
     """
     import torch
     from timm.utils import init_distributed_device, is_primary
 
     from ..tools.data import create_evaluation_loader, open_dataset
+    from ..tools.epochs import evaluate_epochs, find_epochs, table_of_epochs
     from ..tools.evaluate import evaluate
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.pictures import draw_operating_points
@@ -58,46 +66,61 @@ def command(
     from ..tools.results import save_results
     from ..tools.text import visible
     from .progress import track
-    from .tables import print_grids
+    from .tables import list_table, print_grids, print_table
 
     if output:
         check_output_folder(output)
     images = open_dataset(data_dir, dataset, split)
-    model = options.create_model(**model_options)
+    given = model_options['model']
+    epochs = find_epochs(given) if Path(given).is_dir() else {}
+    if epochs:
+        model_options['model'] = str(epochs[max(epochs)])
+    network = options.load_network(**model_options, name_classes=False)
+    model = network.model
     torch.backends.cuda.matmul.allow_tf32 = True  # as validate.py
     setup = argparse.Namespace(device=options.resolve_device(device))
     init_distributed_device(setup)
     try:
         loader = create_evaluation_loader(
             images, model, batch_size, workers, setup.device, distributed=setup.distributed)
-        results = evaluate(
-            model.to(setup.device),
-            loader,
-            subnets or None,
-            name=model_options['model'],
+        arguments: Any = dict(
+            name=network.name,
             amp_dtype=getattr(torch, amp_dtype) if amp else None,
             skip_bad_images=skip_bad_images,
             progress=track if is_primary(setup) else silent,
         )
+        model.to(setup.device)
+        if epochs:
+            results = evaluate_epochs(
+                model, epochs, loader, subnets or None, use_ema=model_options['use_ema'], **arguments)
+        else:
+            results = evaluate(model, loader, subnets or None, **arguments)
     finally:
         if setup.distributed:
             torch.distributed.destroy_process_group()
     if not is_primary(setup):
         return
     results.info |= {
-        'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': model_options['checkpoint'],
+        'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': given if epochs else network.path,
         'device': setup.device, 'precision': amp_dtype if amp else 'float32'}
-    results.network['weights_kind'] = options.weights_kind(**model_options)
+    results.network['weights_kind'] = network.weights_kind
     saved = ''
     if output:
         with fill_folder(output) as folder:  # all of it or nothing
-            path = save_results(results, folder, 'evaluate')[0]
+            path = save_results(results, folder, 'epochs' if epochs else 'evaluate')[0]
             draw_operating_points(
-                results.rows, path.with_suffix('.png'), title=results.model + ' (partial)' * results.partial)
+                results.rows, path.with_suffix('.png'), x='epoch' if epochs else 'macs',
+                title=results.model + ' (partial)' * results.partial)
         saved = f'; saved as {Path(output) / path.name}'
     if results.partial:
-        echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images{saved}.')
-    print_grids(results, ['top1', 'top5', 'macs'])
+        rows, count = results.rows, len({row['epoch'] for row in results.rows}) if epochs else 0
+        done = f'{count} of {len(epochs)} epochs' if epochs else f'{rows[0]["count"]} of {len(images)} images'
+        echo(f'PARTIAL: interrupted after {done}{saved}.')
+    if epochs:
+        table = table_of_epochs(results)
+        print_table(list_table(table, list(table[0]), title=f'{results.model}, top-1 [%]'))
+    else:
+        print_grids(results, ['top1', 'top5', 'macs'])
     if results.info['skipped']:
         echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
         echo('\n'.join(map(visible, results.info['skipped'])), err=True)

@@ -64,10 +64,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, An
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     norm = '' if 'fc_norm.weight' in {*state_dict, *model.state_dict()} else r'|norm\.'  # else it goes with the head
     check_names(model, state_dict, 'cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
-    key, (height, width) = 'patch_embed.proj.weight', _get_kernel(model)
-    if key in state_dict and state_dict[key].ndim == 4 and state_dict[key].shape[2:] != (height, width):
+    key, kernel = 'patch_embed.proj.weight', _get_kernel(model)
+    if key in state_dict and state_dict[key].ndim == 4 and state_dict[key].shape[2:] != kernel:
         _fit_pos_embeds(model, state_dict, '')  # while the weights tell what size in pixels theirs are of
-        state_dict[key] = resample_patch_embed(state_dict[key], [height, width], verbose=True)
+        state_dict[key] = resample_patch_embed(state_dict[key], list(kernel), verbose=True)
     return state_dict
 
 
@@ -129,7 +129,8 @@ def _find_pos_embeds(model: Any, names: Iterable[str]) -> list[str]:
 def _fit_pos_embeds(model: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Put a position embedding for every image size of a model in the place of those in a state dict."""
     own = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-    names, kernel = [prefix + name for name in _find_pos_embeds(model, own)], _get_kernel(model)[0]
+    names = [prefix + name for name in _find_pos_embeds(model, own)]
+    kernel = _get_kernel(model)[-1]
     grids, num_prefix_tokens = list(map(model.grid_size, model.img_sizes)), model.num_embed_prefix_tokens
     lengths = {f'{prefix}pos_embed_list.{i}': (math.prod(grid) + num_prefix_tokens,) for i, grid in enumerate(grids)}
     old = [state_dict[name] for name in names]
@@ -153,9 +154,9 @@ def _fit_pos_embeds(model: Any, state_dict: dict[str, Any], prefix: str) -> None
         f'img_sizes {model.img_sizes}, each from the nearest')
 
 
-def _get_kernel(model: Any) -> tuple[int, int]:
-    # There is none where a convolutional stem makes the tokens.
-    return getattr(model.patch_embed.proj, 'kernel_size', (1, 1))
+def _get_kernel(model: Any) -> Sequence[int]:
+    weight = getattr(model.patch_embed.proj, 'weight', None)  # none where a convolutional stem makes the tokens
+    return (1, 1) if weight is None else weight.shape[2:]
 
 
 def _guess_grid(num_patches: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
