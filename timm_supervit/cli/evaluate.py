@@ -11,15 +11,8 @@ from .stdout import echo
 
 @click.command(cls=options.Command)
 @options.model_options
-@click.option('--data-dir', metavar='DIR', help='Folder of the data set: a folder of images for each class.')
-@click.option('--dataset', default='', metavar='NAME', help='Kind and name, as in timm\'s scripts (default: folders).')
-@click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.')
+@options.data_options
 @options.subnet_option
-@click.option('-b', '--batch-size', default=256, show_default=True, type=click.IntRange(1), help='Images of a batch.')
-@click.option('-j', '--workers', default=4, show_default=True, type=click.IntRange(0), help='Processes reading images.')
-@click.option('--skip-bad-images', is_flag=True, help='Name and count unreadable images and go on without them.')
-@options.device_option
-@options.amp_options
 @options.output_option
 @click.pass_context
 def command(

@@ -1,6 +1,7 @@
 """Pictures of operating points: one quantity against another, by image size (lines) and keep rate (markers)."""
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,6 +16,7 @@ __all__ = ['draw_operating_points', 'save_picture']
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow and black.
 _COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
 _MARKERS = ('v', 's', 'o', '^', 'D', 'P', 'X')
+_CASCADES: dict[str, Any] = dict(color='#333333', linestyle='--', linewidth=1.2, marker='.', markersize=8)
 _PEER_COLOR = '#333333'
 _PEER_MARKERS = ('*', 'p', 'h', 'd', '<', '>')
 
@@ -29,8 +31,8 @@ def draw_operating_points(
     """Draw two keys of the rows against each other and write the picture, 1600 x 1000 pixels, as PNG.
 
     Args:
-        rows: Rows of ``Results``, one for each subnet; rows of other networks are drawn as single dark markers. Rows
-            that lack one of the keys are left out.
+        rows: Rows of ``Results``, one for each subnet; those of cascades are joined by a dark line, and rows of other
+            networks are drawn as single dark markers. Rows that lack one of the keys are left out.
         path: The file to write.
         x: Key for the horizontal axis.
         y: Key for the vertical axis.
@@ -65,7 +67,10 @@ def draw_operating_points(
             axes.plot(
                 right, high, markers[rate], color=colors[size], markersize=9, markeredgecolor='white',
                 markeredgewidth=1, zorder=3)
-    peers = [row for row in rows if subnet_of(row) is None]
+    cascades = sorted((row[x] / across.scale, row[y] / up.scale) for row in rows if 'cascade' in row)
+    if cascades:
+        axes.plot(*zip(*cascades, strict=True), **_CASCADES)
+    peers = [row for row in rows if row.get('model')]
     peer_markers = {row['model']: _PEER_MARKERS[i % len(_PEER_MARKERS)] for i, row in enumerate(peers)}
     for row in peers:
         axes.plot(
@@ -75,6 +80,7 @@ def draw_operating_points(
     entries = {
         'Image size [px]': [Line2D([], [], color=colors[size], linewidth=3, label=str(size)) for size in sizes],
         'Keep rate': [_marker(markers[rate], f'{rate:g}', '#777777') for rate in rates],
+        'Cascades': [Line2D([], [], label='several subnets', **_CASCADES)] if cascades else [],
         'Other networks': [_marker(marker, name, _PEER_COLOR) for name, marker in peer_markers.items()],
     }
     # One column beside the axes, so that no legend covers a point.
