@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.supervit import SuperVisionTransformer
-from .subnets import Subnet, check_subnet
+from .subnets import Size, Subnet, check_subnet
 from .tools.fingerprint import fingerprint
 
 __all__ = ['NUM_STAGES', 'Cascade', 'check_thresholds', 'confidence', 'parting_block']
@@ -86,7 +86,7 @@ class Cascade(nn.Module):
     def __init__(
             self,
             model: SuperVisionTransformer,
-            stages: Sequence[tuple[Any, float]],
+            stages: Sequence[tuple[Size, float]],
             thresholds: Sequence[float],
     ) -> None:
         """Make a cascade of subnets.
@@ -106,15 +106,15 @@ class Cascade(nn.Module):
         if model.num_classes < 2:
             raise ValueError(f'a model of num_classes {model.num_classes} is always sure; a cascade needs 2 or more')
         if not isinstance(stages, Sequence) or len(stages) not in NUM_STAGES:
-            raise ValueError(f'stages {stages!r} are not two to four subnets, as in {model.subnets[::5][:2]}')
+            raise ValueError(f'stages {stages!r} are not two to four subnets, as in [(160, 0.5), (224, 1.0)]')
         self.model = model
         self.stages = tuple(check_subnet(stage, model.img_sizes) for stage in stages)
         costs = [model.macs(stage) for stage in self.stages]
         if any(later <= earlier for earlier, later in itertools.pairwise(costs)):
             ordered = sorted({*self.stages}, key=model.macs)
             raise ValueError(
-                f'stages {[tuple(stage) for stage in self.stages]} are not in ascending cost, which is '
-                f'{[round(cost / 1e6, 2) for cost in costs]} MMACs; use {[tuple(stage) for stage in ordered]}')
+                f'stages {", ".join(map(str, self.stages))} are not in ascending cost, which is '
+                f'{", ".join(f"{cost / 1e6:.2f}" for cost in costs)} MMACs; use {", ".join(map(str, ordered))}')
         self.thresholds = check_thresholds(thresholds, len(self.stages))
 
     @classmethod
@@ -221,4 +221,4 @@ class Cascade(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the stages and thresholds for ``print``."""
-        return f'stages={[tuple(stage) for stage in self.stages]}, thresholds={list(self.thresholds)}'
+        return f'stages={", ".join(map(str, self.stages))}; thresholds={list(self.thresholds)}'

@@ -74,7 +74,7 @@ def command(
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.fingerprint import fingerprint
     from ..tools.pictures import draw_operating_points
-    from ..tools.results import Results, save_results
+    from ..tools.results import Results, save_results, subnet_of
     from .progress import track
     from .tables import list_table, print_table
 
@@ -124,6 +124,6 @@ def command(
          f'cost: by {gain:+.2f} points on average, p = {p_value:.2g}.')
     row, full = found.row, found.full
     echo(f'Chosen on {calibration.num_images} images: {row["cascade"]}, {row["top1"]:.2f} % at '
-         f'{row["macs"] / full["macs"]:.3f} of the MACs of {full["img_size"]}:{full["keep_rate"]:g}, which reaches '
+         f'{row["macs"] / full["macs"]:.3f} of the MACs of {subnet_of(full)}, which reaches '
          f'{full["top1"]:.2f} %; only the one is right on {found.only_one_right[0]} images, only the other on '
          f'{found.only_one_right[1]}.')

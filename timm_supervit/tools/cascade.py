@@ -239,8 +239,8 @@ def latency_costs(macs: Costs, subnets: Sequence[Subnet], rows: Sequence[Row]) -
     missing = [subnet for subnet in subnets if known.get(subnet) is None]
     if missing:
         raise ValueError(
-            f'the profile has no latency of subnet {missing[0].img_size}:{missing[0].keep_rate:g}; measure all subnets '
-            f'with "supervit profile"')
+            f'the profile has no latency of subnet {missing[0]}; measure all subnets with '
+            f' "supervit profile"')
     own = np.array([known[subnet] for subnet in subnets])
     return Costs('latency_ms', own, macs.saved / macs.own[:, None] * own[:, None])
 
@@ -274,7 +274,7 @@ def calibrate(
             f'give some hundreds of images')
     if len(calibration.subnets) < min(NUM_STAGES):
         raise ValueError('the model has one subnet, and a cascade needs two; give it more img_sizes or keep_rates')
-    tables = list(_tabulate(calibration, costs))
+    tables = list(_tabulate(calibration, costs, macs))
     cheapest = min(float(table.cost.min()) for table in tables)
     budgets = np.geomspace(cheapest, costs.own.max(), _NUM_BUDGETS).tolist()
     front = [point for limit in budgets if (point := _best(tables, calibration, limit))]
@@ -319,15 +319,16 @@ class _Table(NamedTuple):
     cost: np.ndarray
 
 
-def _tabulate(answers: Answers, costs: Costs) -> Iterator[_Table]:
-    order = np.argsort(costs.own, kind='stable').tolist()
+def _tabulate(answers: Answers, costs: Costs, macs: Costs) -> Iterator[_Table]:
     for num_stages in NUM_STAGES:
         candidates = [_thresholds(confidence, _NUM_THRESHOLDS[num_stages]) for confidence in answers.confidence]
         # How many of a subnet's thresholds an image reaches: it stops at the first so many of them.
         reached = [
             np.searchsorted(thresholds, confidence, side='right')
             for thresholds, confidence in zip(candidates, answers.confidence, strict=True)]
-        for stages in itertools.combinations(order, num_stages):
+        for stages in itertools.combinations(range(len(answers.subnets)), num_stages):
+            if not (np.diff(macs.own[list(stages)]) > 0).all():  # sizes of equal area
+                continue
             thresholds = [candidates[stage] for stage in stages[:-1]]
             shape = tuple(len(values) + 1 for values in thresholds)
             cells = np.ravel_multi_index([reached[stage] for stage in stages[:-1]], shape)
@@ -474,7 +475,7 @@ def _compare(front: Sequence[tuple[np.ndarray, float]], singles: Sequence[tuple[
 
 def cascade_text(stages: Sequence[Subnet], thresholds: Sequence[float]) -> str:
     """Return a cascade as it is printed: its stages, with the thresholds between them, as in 12:0.5 (0.9) 24:0.7."""
-    parts = [f'{stage.img_size}:{stage.keep_rate:g}' for stage in stages]
+    parts = [str(stage) for stage in stages]
     for i, threshold in enumerate(thresholds):
         parts[i] += f' ({threshold:.4g})'
     return ' '.join(parts)

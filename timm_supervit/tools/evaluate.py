@@ -15,7 +15,7 @@ from .fingerprint import fingerprint
 from .progress import Progress, silent
 from .results import Results
 
-__all__ = ['bad_images', 'check_finite', 'evaluate']
+__all__ = ['bad_images', 'check_finite', 'count_hits', 'evaluate']
 
 
 def evaluate(
@@ -69,7 +69,7 @@ def evaluate(
             with torch.inference_mode(), autocast:
                 logits = [output[:len(target)] for output in model.forward_subnets(images, chosen)]
             check_finite(logits, chosen)
-            hits = _count_hits(logits, target)
+            hits = count_hits(logits, target)
             # In one go, so that an interrupt finds a whole number of batches.
             correct, seen, skipped = correct + hits, seen + len(target), skipped + bad
     except KeyboardInterrupt:
@@ -110,13 +110,12 @@ def check_finite(logits: Sequence[Tensor], subnets: Sequence[Subnet]) -> None:
     """
     finite = torch.stack([output.isfinite().all() for output in logits]).tolist()
     if not all(finite):
-        img_size, keep_rate = subnets[finite.index(False)]
         raise RuntimeError(
-            f'subnet {img_size}:{keep_rate:g} gives logits that are not finite; check the weights, and if it ran in '
-            f'float16, take bfloat16 or float32')
+            f'subnet {subnets[finite.index(False)]} gives logits that are not finite; check the weights, and if it ran '
+            f'in float16, take bfloat16 or float32')
 
 
-def _count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
+def count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     """Return how many targets [B] are the first, and among the first five, of each subnet's logits [B, classes]."""
     counts = []
     for output in logits:
