@@ -87,7 +87,8 @@ def command(
     if output:
         check_output_folder(output)
     folders = [open_dataset(folder, dataset, split) for folder in (data_dir, calibration_dir) if folder or dataset]
-    model = options.create_model(**model_options).to(options.resolve_device(device))
+    network = options.load_network(**model_options, name_classes=False)
+    model = network.model.to(options.resolve_device(device))
     answers = [
         collect_answers(
             model,
@@ -107,13 +108,12 @@ def command(
         'calibration_share': None if calibration_dir else calibration_share, 'seed': seed,
         'calibration_images': calibration.num_images, 'report_images': report.num_images,
         'top1': 100 * found.chosen.accuracy, costs.key: found.chosen.cost}
-    name = model_options['model']
-    network = fingerprint(model) | {'weights_kind': options.weights_kind(**model_options)}
     if output:
         with fill_folder(output) as folder:  # all of it or nothing
-            save_cascade(folder / 'cascade.json', model, name, answers[0], found, info)
-            save_results(Results(name, found.front, info, network), folder, 'cascade-front')
-            draw_operating_points([*found.singles, *found.front], folder / 'cascade-front.png', title=name)
+            save_cascade(folder / 'cascade.json', model, network.name, answers[0], found, info)
+            kind = {'weights_kind': network.weights_kind}
+            save_results(Results(network.name, found.front, info, fingerprint(model) | kind), folder, 'cascade-front')
+            draw_operating_points([*found.singles, *found.front], folder / 'cascade-front.png', title=network.name)
     cost = [costs.key] if profile else []
     print_table(
         list_table(found.front, ['cascade', 'top1', 'macs', *cost], 'Cascades'),
