@@ -51,10 +51,10 @@ def command(
     """Find a cascade of MODEL: two to four subnets, and how sure each must be of an image to let it stop there.
 
     All subnets see all images once. Cascades are searched on one part of the images, and what is printed is reached on
-    the other. --macs, --latency-ms with --profile, or --accuracy choose one; without them it is the cheapest that is
-    as accurate as the full network. It is said if cascades are no better than single subnets of the same cost. --output
-    writes the chosen one as cascade.json, for "supervit evaluate", "supervit predict" and timm_supervit.Cascade, and
-    the front as cascade-front.json, .csv and .png.
+    the other. --macs, --latency-ms with --profile, or --accuracy choose one; without them it is the cheapest that is as
+    accurate as the full network, if there is one. It is said if cascades are no better than single subnets of the same
+    cost. --output writes the chosen one as cascade.json, for "supervit evaluate", "supervit predict" and
+    timm_supervit.Cascade, and the front as cascade-front.json, .csv and .png.
 
     \b
     supervit cascade local-dir:output/digits --data-dir digits --macs 3e6 --output results

@@ -13,6 +13,7 @@ from .stdout import echo
 @options.model_options
 @options.data_options
 @options.subnet_option
+@options.cascade_option
 @options.output_option
 @click.pass_context
 def command(
@@ -21,6 +22,7 @@ def command(
         dataset: str,
         split: str,
         subnets: tuple[Any, ...],
+        cascade: str | None,
         batch_size: int,
         workers: int,
         skip_bad_images: bool,
@@ -38,6 +40,9 @@ def command(
     evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far, writes it as evaluate-partial and exits
     with 130.
 
+    --cascade evaluates a cascade instead: its accuracy and mean MACs, how many images stop at each stage, and the mean
+    latency in batches of the given size. --output then writes evaluate-cascade.json and .csv.
+
     \b
     supervit evaluate model_best.pth.tar --data-dir imagenet --output results
     torchrun --nproc-per-node 4 --no-python supervit evaluate supervit_small --data-dir imagenet
@@ -45,16 +50,20 @@ def command(
     import torch
     from timm.utils import init_distributed_device, is_primary
 
+    from ..cascade import Cascade
     from ..tools.data import create_evaluation_loader, open_dataset
     from ..tools.evaluate import evaluate
+    from ..tools.evaluate_cascade import count_calibration_images, evaluate_cascade
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.progress import silent
     from ..tools.results import save_results
     from ..tools.text import visible
     from .progress import track
-    from .tables import print_grids
+    from .tables import list_table, print_grids, print_table
 
+    if cascade and subnets:
+        raise click.UsageError('--cascade and --subnet exclude each other; leave one out.')
     if output:
         check_output_folder(output)
     images = open_dataset(data_dir, dataset, split)
@@ -64,17 +73,19 @@ def command(
     setup = argparse.Namespace(device=options.resolve_device(device))
     init_distributed_device(setup)
     try:
+        if cascade and setup.distributed:
+            raise ValueError('a cascade is evaluated in one process, for its latency; leave torchrun out')
         loader = create_evaluation_loader(
             images, model, batch_size, workers, setup.device, distributed=setup.distributed)
-        results = evaluate(
-            model.to(setup.device),
-            loader,
-            subnets or None,
-            name=network.name,
-            amp_dtype=getattr(torch, amp_dtype) if amp else None,
-            skip_bad_images=skip_bad_images,
-            progress=track if is_primary(setup) else silent,
-        )
+        how: dict[str, Any] = dict(
+            name=network.name, amp_dtype=getattr(torch, amp_dtype) if amp else None, skip_bad_images=skip_bad_images,
+            progress=track if is_primary(setup) else silent)
+        model.to(setup.device)
+        if cascade:
+            stages = Cascade.load(model, cascade)
+            results = evaluate_cascade(stages, loader, **how)
+        else:
+            results = evaluate(model, loader, subnets or None, **how)
     finally:
         if setup.distributed:
             torch.distributed.destroy_process_group()
@@ -87,13 +98,26 @@ def command(
     saved = ''
     if output:
         with fill_folder(output) as folder:  # all of it or nothing
-            path = save_results(results, folder, 'evaluate')[0]
-            draw_operating_points(
-                results.rows, path.with_suffix('.png'), title=results.model + ' (partial)' * results.partial)
+            path = save_results(results, folder, 'evaluate-cascade' if cascade else 'evaluate')[0]
+            if not cascade:
+                draw_operating_points(
+                    results.rows, path.with_suffix('.png'), title=results.model + ' (partial)' * results.partial)
         saved = f'; saved as {Path(output) / path.name}'
     if results.partial:
         echo(f'PARTIAL: interrupted after {results.rows[0]["count"]} of {len(images)} images{saved}.')
-    print_grids(results, ['top1', 'top5', 'macs'])
+    if cascade:
+        row = results.rows[0]
+        print_table(list_table(results.rows, ['cascade', 'top1', 'top5', 'macs', 'batch_size', 'latency_mean_ms']))
+        print_table(list_table([
+            {'stage': str(stage), 'threshold': threshold, 'images [%]': share, 'macs': macs} for
+            stage, threshold, share, macs in zip(
+                stages.stages, [*stages.thresholds, None], row['shares'], stages.macs, strict=True)],
+            ['stage', 'threshold', 'images [%]', 'macs'], 'Images that stop at each stage'))
+    else:
+        print_grids(results, ['top1', 'top5', 'macs'])
+    if cascade and (seen := count_calibration_images(cascade, data_dir, dataset, split)):
+        echo(f'{seen} of these images calibrated the cascade, which flatters it; "supervit cascade" said what it '
+             f'reaches on the others.', err=True)
     if results.info['skipped']:
         echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
         echo('\n'.join(map(visible, results.info['skipped'])), err=True)

@@ -23,6 +23,7 @@ __all__ = [
     'INTERRUPTED',
     'Command',
     'amp_options',
+    'cascade_option',
     'class_names_option',
     'create_model',
     'data_options',
@@ -188,6 +189,9 @@ where_option = click.option(
     help='Which of several settings of the profile counts, as in batch_size=1; may be repeated.')
 subnet_option = click.option(
     '--subnet', 'subnets', multiple=True, type=SubnetType(), help='A subnet; may be repeated (default: all).')
+cascade_option = click.option(
+    '--cascade', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
+    help='A cascade of "supervit cascade", in the place of subnets.')
 output_option = click.option(
     '--output', type=click.Path(file_okay=False), metavar='DIR', help='Folder to write JSON, CSV and picture to.')
 

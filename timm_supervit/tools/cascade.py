@@ -4,7 +4,8 @@ All subnets answer all images once. Every choice rests on the answers to the cal
 number on the other images. All combinations of subnets are tried, with many thresholds each. Small sets of images make
 many of them look perfect, so
 
-- of cascades that are right equally often, the one that gives the true classes the higher mean probability wins;
+- of cascades that are right equally often, the one wins whose last stage, which decides the hard images, of which there
+  are few, gives the true classes of all images the highest mean probability;
 - one more stage must gain more than one standard error of the difference on the calibration images.
 """
 import itertools
@@ -262,8 +263,8 @@ def calibrate(
         costs: What the front and the budget are about.
         macs: Multiply-accumulates, for the rows.
         budget: Choose the most accurate cascade of at most this mean cost.
-        accuracy: Choose the cheapest cascade of at least this top-1 in percent. Without both, the cheapest that is as
-            accurate as the full network.
+        accuracy: Choose the cheapest cascade of at least this top-1 in percent. Without both, it is the cheapest that
+            is as accurate and as sure as the full network, or if there is none the most accurate.
 
     Raises:
         ValueError: If there are too few images or subnets, or no cascade fits.
@@ -285,18 +286,17 @@ def calibrate(
         if chosen is None:
             raise ValueError(
                 f'no cascade has a mean {costs.key} of at most {budget:g}; the cheapest has {cheapest:g}')
+    elif accuracy is not None:
+        reaching = [point for point in front if point.accuracy >= accuracy / 100]
+        if not reaching:
+            best = max(point.accuracy for point in front)
+            raise ValueError(
+                f'no cascade is right on {accuracy:g} % of the calibration images; the best is on {100 * best:.2f} %')
+        chosen = reaching[0]
     else:
         full = singles[-1]
-        goal = full.accuracy if accuracy is None else accuracy / 100
-        truth = full.truth if accuracy is None else 0
-        fitting = [point for point in front if point.accuracy >= goal and point.truth >= truth]
-        if not fitting:
-            best = max(front, key=lambda point: point.accuracy)
-            raise ValueError(
-                f'no cascade is right on {100 * goal:.2f} % of the calibration images'
-                f'{" and as sure of it as the full network" * (accuracy is None)}; the best is right on '
-                f'{100 * best.accuracy:.2f} %')
-        chosen = fitting[0]
+        level = [point for point in front if point.accuracy >= full.accuracy and point.truth >= full.truth]
+        chosen = level[0] if level else max(front, key=lambda point: (point.accuracy, point.truth))
     hits = {point: _run(point, report, costs) for point in {*front, *singles, chosen}}
     return Calibration(
         chosen,
@@ -375,12 +375,13 @@ def _sum_stopping(counts: np.ndarray, stage: int) -> np.ndarray:
 def _best(tables: Sequence[_Table], answers: Answers, budget: float) -> Point | None:
     """Return the best cascade inside a budget; None if there is none."""
     best: Point | None = None
+    quality = answers.truth.mean(axis=1)
     for num_stages in NUM_STAGES:
         candidates = [
             point for table in tables if len(table.stages) == num_stages and (point := _best_of(table, budget))]
         if not candidates:
             continue
-        point = max(candidates, key=lambda point: (point.accuracy, point.truth, -point.cost))
+        point = max(candidates, key=lambda point: (point.accuracy, quality[point.stages[-1]], point.truth))
         if best is None or _gains(point, best, answers):
             best = point
     return best
