@@ -5,6 +5,7 @@ Ctrl-C or SIGTERM; what was found out until then has been printed. 141: nobody r
 names is complete.
 """
 import argparse
+import ast
 import contextlib
 import logging
 import pickle
@@ -23,8 +24,10 @@ __all__ = [
     'INTERRUPTED',
     'Command',
     'amp_options',
+    'cascade_option',
     'class_names_option',
     'create_model',
+    'data_options',
     'device_option',
     'json_option',
     'load_network',
@@ -34,6 +37,7 @@ __all__ = [
     'setting_options',
     'show_weights',
     'subnet_option',
+    'where_option',
 ]
 
 INTERRUPTED = 130
@@ -153,6 +157,19 @@ def _check_pairs(pairs: tuple[str, ...]) -> tuple[str, ...]:
     return pairs
 
 
+def _parse_where(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
+    where: dict[str, object] = {}
+    for value in values:
+        key, equals, text = value.partition('=')
+        if not equals:
+            raise click.BadParameter(f'{value!r} is not KEY=VALUE, as in batch_size=1', ctx, param)
+        try:
+            where[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            where[key] = text
+    return where
+
+
 def _chain(*decorators: Any) -> Any:
     def decorate(function: Any) -> Any:
         for decorator in reversed(decorators):
@@ -189,8 +206,27 @@ amp_options = _chain(
         '--amp-dtype', type=click.Choice(['float16', 'bfloat16']), default='float16', show_default=True,
         help='Lower precision of --amp.'),
 )
+data_options = _chain(
+    click.option('--data-dir', metavar='DIR', help='Folder of the data set: a folder of images for each class.'),
+    click.option(
+        '--dataset', default='', metavar='NAME', help='Kind and name, as in timm\'s scripts (default: folders).'),
+    click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.'),
+    click.option(
+        '-b', '--batch-size', default=256, show_default=True, type=click.IntRange(1), help='Images of a batch.'),
+    click.option(
+        '-j', '--workers', default=4, show_default=True, type=click.IntRange(0), help='Processes reading images.'),
+    click.option('--skip-bad-images', is_flag=True, help='Name and count unreadable images and go on without them.'),
+    device_option,
+    amp_options,
+)
+where_option = click.option(
+    '--where', multiple=True, metavar='KEY=VALUE', callback=_parse_where,
+    help='Which of several settings of the profile counts, as in batch_size=1; may be repeated.')
 subnet_option = click.option(
     '--subnet', 'subnets', multiple=True, type=SubnetType(), help='A subnet; may be repeated (default: all).')
+cascade_option = click.option(
+    '--cascade', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
+    help='A cascade of "supervit cascade", in the place of subnets.')
 output_option = click.option(
     '--output', type=click.Path(file_okay=False), metavar='DIR', help='Folder to write JSON, CSV and picture to.')
 
