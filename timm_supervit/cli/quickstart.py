@@ -17,7 +17,8 @@ def command(output: str, seed: int) -> None:
     """Train a small SuperViT on handwritten digits and show what each of its subnets can do.
 
     Takes minutes on a CPU and downloads nothing. The folder holds the model, which
-    timm.create_model("local-dir:DIR", pretrained=True) loads, and evaluate.json, evaluate.csv and evaluate.png.
+    timm.create_model("local-dir:DIR", pretrained=True) loads, evaluate.json, evaluate.csv and evaluate.png, and the
+    360 held-out digits as images, for the other commands: --data-dir DIR.
 
     \b
     supervit quickstart --output output/digits
