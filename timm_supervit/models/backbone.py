@@ -100,7 +100,9 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
     # which does not know them is refused and does not fail.
     _rebind(factory, build)(**{key: kwargs[key] for key in ('in_chans', 'device', 'dtype') if key in kwargs})
     if not models:
-        raise ValueError(f'backbone {backbone!r} does not come from timm\'s builder, which a SuperViT needs')
+        raise ValueError(
+            f'backbone {backbone!r} cannot become a SuperViT: {factory.__module__} builds it otherwise than by calling '
+            f'build_model_with_cfg, or a helper _create_*, by its name')
     return models[0]
 
 
