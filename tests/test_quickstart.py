@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(run, tmp_pa
 def test_an_interrupt_leaves_nothing_half_written(run, tmp_path):
     (tmp_path / 'evaluate.json').write_text('old')
     process = subprocess.Popen(
-        [sys.executable, '-m', 'timm_supervit.cli', 'quickstart', '--output', str(tmp_path)], stderr=subprocess.PIPE)
+        [sys.executable, '-m', 'timm_supervit', 'quickstart', '--output', str(tmp_path)], stderr=subprocess.PIPE)
     while len(list(tmp_path.iterdir())) == 1 and process.poll() is None:
         time.sleep(0.05)  # until its temporary folder is there, so that it has begun
     time.sleep(2)

@@ -1,25 +1,21 @@
 """``supervit evaluate``: accuracy and cost of every subnet."""
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @options.model_options
-@click.option('--data-dir', metavar='DIR', help='Folder of the data set: a folder of images for each class.')
-@click.option('--dataset', default='', metavar='NAME', help='Kind and name, as in timm\'s scripts (default: folders).')
-@click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.')
+@options.data_options
 @options.subnet_option
-@click.option('-b', '--batch-size', default=256, show_default=True, type=click.IntRange(1), help='Images of a batch.')
-@click.option('-j', '--workers', default=4, show_default=True, type=click.IntRange(0), help='Processes reading images.')
-@click.option('--skip-bad-images', is_flag=True, help='Name and count unreadable images and go on without them.')
-@options.device_option
-@options.amp_options
+@options.cascade_option
 @options.output_option
 @click.pass_context
 def command(
@@ -28,6 +24,7 @@ def command(
         dataset: str,
         split: str,
         subnets: tuple[Any, ...],
+        cascade: str | None,
         batch_size: int,
         workers: int,
         skip_bad_images: bool,
@@ -49,6 +46,9 @@ def command(
     evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far, writes it as evaluate-partial and exits
     with 130.
 
+    --cascade evaluates a cascade instead: its accuracy and mean MACs, how many images stop at each stage, and the mean
+    latency in batches of the given size. --output then writes evaluate-cascade.json and .csv.
+
     \b
     supervit evaluate model_best.pth.tar --data-dir imagenet --output results
     supervit evaluate output/train/NAME --use-ema --data-dir imagenet --output results
@@ -57,9 +57,11 @@ def command(
     import torch
     from timm.utils import init_distributed_device, is_primary
 
+    from ..cascade import Cascade
     from ..tools.data import create_evaluation_loader, open_dataset
     from ..tools.epochs import evaluate_epochs, find_epochs, table_of_epochs
     from ..tools.evaluate import evaluate
+    from ..tools.evaluate_cascade import count_calibration_images, evaluate_cascade
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.progress import silent
@@ -68,11 +70,15 @@ def command(
     from .progress import track
     from .tables import list_table, print_grids, print_table
 
+    if cascade and subnets:
+        raise click.UsageError('--cascade and --subnet exclude each other; leave one out.')
     if output:
         check_output_folder(output)
     images = open_dataset(data_dir, dataset, split)
     given = model_options['model']
     epochs = find_epochs(given) if Path(given).is_dir() else {}
+    if cascade and epochs:
+        raise click.UsageError(f'{given} holds several epochs, and a cascade is of one; give its checkpoint.')
     if epochs:
         model_options['model'] = str(epochs[max(epochs)])
     network = options.load_network(**model_options, name_classes=False)
@@ -81,6 +87,8 @@ def command(
     setup = argparse.Namespace(device=options.resolve_device(device))
     init_distributed_device(setup)
     try:
+        if cascade and setup.distributed:
+            raise ValueError('a cascade is evaluated in one process, for its latency; leave torchrun out')
         loader = create_evaluation_loader(
             images, model, batch_size, workers, setup.device, distributed=setup.distributed)
         arguments: Any = dict(
@@ -93,6 +101,9 @@ def command(
         if epochs:
             results = evaluate_epochs(
                 model, epochs, loader, subnets or None, use_ema=model_options['use_ema'], **arguments)
+        elif cascade:
+            stages = Cascade.load(model, cascade)
+            results = evaluate_cascade(stages, loader, **arguments)
         else:
             results = evaluate(model, loader, subnets or None, **arguments)
     finally:
@@ -107,20 +118,34 @@ def command(
     saved = ''
     if output:
         with fill_folder(output) as folder:  # all of it or nothing
-            path = save_results(results, folder, 'epochs' if epochs else 'evaluate')[0]
-            draw_operating_points(
-                results.rows, path.with_suffix('.png'), x='epoch' if epochs else 'macs',
-                title=results.model + ' (partial)' * results.partial)
+            path = save_results(
+                results, folder, 'epochs' if epochs else 'evaluate-cascade' if cascade else 'evaluate')[0]
+            if not cascade:
+                draw_operating_points(
+                    results.rows, path.with_suffix('.png'), x='epoch' if epochs else 'macs',
+                    title=results.model + ' (partial)' * results.partial)
         saved = f'; saved as {Path(output) / path.name}'
     if results.partial:
         rows, count = results.rows, len({row['epoch'] for row in results.rows}) if epochs else 0
         done = f'{count} of {len(epochs)} epochs' if epochs else f'{rows[0]["count"]} of {len(images)} images'
         echo(f'PARTIAL: interrupted after {done}{saved}.')
+    print_json(asdict(results))
     if epochs:
         table = table_of_epochs(results)
         print_table(list_table(table, list(table[0]), title=f'{results.model}, top-1 [%]'))
+    elif cascade:
+        row = results.rows[0]
+        print_table(list_table(results.rows, ['cascade', 'top1', 'top5', 'macs', 'batch_size', 'latency_mean_ms']))
+        print_table(list_table([
+            {'stage': str(stage), 'threshold': threshold, 'images [%]': share, 'macs': macs} for
+            stage, threshold, share, macs in zip(
+                stages.stages, [*stages.thresholds, None], row['shares'], stages.macs, strict=True)],
+            ['stage', 'threshold', 'images [%]', 'macs'], 'Images that stop at each stage'))
     else:
         print_grids(results, ['top1', 'top5', 'macs'])
+    if cascade and (seen := count_calibration_images(cascade, data_dir, dataset, split)):
+        echo(f'{seen} of these images calibrated the cascade, which flatters it; "supervit cascade" said what it '
+             f'reaches on the others.', err=True)
     if results.info['skipped']:
         echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
         echo('\n'.join(map(visible, results.info['skipped'])), err=True)

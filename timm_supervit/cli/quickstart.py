@@ -1,10 +1,13 @@
 """``supervit quickstart``: one command that shows the whole way."""
+from dataclasses import asdict
+
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @click.option(
     '--output', type=click.Path(file_okay=False), default='output/digits', show_default=True, metavar='DIR',
@@ -24,5 +27,6 @@ def command(output: str, seed: int) -> None:
     from .tables import print_grids
 
     results = quickstart(output, seed, progress=track)
+    print_json(asdict(results))
     print_grids(results, ['top1', 'macs'])
     echo(f'Saved to {output}.')

@@ -255,16 +255,19 @@ class SuperVisionTransformer(VisionTransformer):
         """Prefix tokens that have an entry in the position embeddings."""
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
-    def macs(self, subnet: tuple[Size, float]) -> int:
+    def macs(self, subnet: tuple[Size, float], before: int | None = None) -> int:
         """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks, pooling and head.
 
-        They are those that torch's flop counter sees in ``forward``.
+        They are those that torch's flop counter sees in ``forward``. With ``before``, only those of what runs before
+        this block.
         """
         subnet = check_subnet(subnet, self.img_sizes)
         num_patches, schedule = self.num_patches(subnet.img_size), self._schedule(subnet)
         macs = self._embed_macs(num_patches)
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
+            if i == before:
+                return macs
             num_tokens = num_patches + self.num_prefix_tokens
             macs += num_tokens * linear_macs(block.attn) + 2 * num_tokens ** 2 * block.attn.attn_dim
             num_patches = schedule.get(i, num_patches)

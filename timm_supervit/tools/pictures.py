@@ -18,6 +18,7 @@ __all__ = ['draw_operating_points', 'save_picture']
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow and black.
 _COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
 _MARKERS = ('v', 's', 'o', '^', 'D', 'P', 'X')
+_CASCADES: dict[str, Any] = dict(color='#333333', linestyle='--', linewidth=1.2, marker='.', markersize=8)
 _PEER_COLOR = '#333333'
 _PEER_MARKERS = ('*', 'p', 'h', 'd', '<', '>')
 
@@ -32,8 +33,8 @@ def draw_operating_points(
     """Draw two keys of the rows against each other and write the picture, 1600 x 1000 pixels, as PNG.
 
     Args:
-        rows: Rows of ``Results``, one for each subnet; rows of other networks are drawn as single dark markers. Rows
-            that lack one of the keys are left out.
+        rows: Rows of ``Results``, one for each subnet; those of cascades are joined by a dark line, and rows of other
+            networks are drawn as single dark markers. Rows that lack one of the keys are left out.
         path: The file to write.
         x: Key for the horizontal axis; ``epoch`` gives every subnet a line of its own, a cost every image size.
         y: Key for the vertical axis.
@@ -68,7 +69,7 @@ def draw_operating_points(
             points.append((row[x] / across.scale, row[y] / up.scale, subnet))
     for points in lines.values():
         color = colors[points[0][2].img_size]
-        points.sort()
+        points.sort(key=lambda point: point[:2])
         axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=0.9 if over_epochs else 1.8)
         for right, high, subnet in points:
             axes.plot(
@@ -76,7 +77,10 @@ def draw_operating_points(
                 markeredgecolor='white', markeredgewidth=0.6 if over_epochs else 1, zorder=3)
     if over_epochs:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    peers = [row for row in rows if subnet_of(row) is None]
+    cascades = sorted((row[x] / across.scale, row[y] / up.scale) for row in rows if 'cascade' in row)
+    if cascades:
+        axes.plot(*zip(*cascades, strict=True), **_CASCADES)
+    peers = [row for row in rows if row.get('model')]
     peer_markers = {row['model']: _PEER_MARKERS[i % len(_PEER_MARKERS)] for i, row in enumerate(peers)}
     for row in peers:
         axes.plot(
@@ -86,6 +90,7 @@ def draw_operating_points(
     entries = {
         'Image size [px]': [Line2D([], [], color=colors[size], linewidth=3, label=format_size(size)) for size in sizes],
         'Keep rate': [_marker(markers[rate], f'{rate:g}', '#777777') for rate in rates],
+        'Cascades': [Line2D([], [], label='several subnets', **_CASCADES)] if cascades else [],
         'Other networks': [_marker(marker, name, _PEER_COLOR) for name, marker in peer_markers.items()],
     }
     # One column beside the axes, so that no legend covers a point.
