@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models import register_model, save_for_hf
+from timm.models.vision_transformer import Block, ResPostBlock, _create_vision_transformer
 from timm.task import ClassificationTask, TokenDistillationTask
 from torch import Tensor, nn
 
@@ -231,6 +231,20 @@ def test_a_plain_block_that_keeps_all_tokens_runs_in_all_calls():
     several = model.forward_subnets(images, model.subnets)
     for subnet, logits in zip(model.subnets, several, strict=True):
         torch.testing.assert_close(logits, model(images, **subnet._asdict()), atol=1e-5, rtol=1e-4)
+
+
+@register_model
+def vit_of_a_user(pretrained: bool = False, **kwargs: Any) -> Any:
+    return _create_vision_transformer('vit_of_a_user', pretrained, patch_size=8, **{**SMALL, **kwargs})
+
+
+def test_a_vit_that_somebody_registered_is_a_backbone_too():
+    model = supervit('vit_of_a_user', img_sizes=(32, 64)).eval()
+    plain = randomize(timm.create_model('vit_of_a_user', img_size=64))
+    model.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(images), **EXACT)
 
 
 def test_timm_itself_is_left_as_it_is():

@@ -100,19 +100,22 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
     # which does not know them is refused and does not fail.
     _rebind(factory, build)(**{key: kwargs[key] for key in ('in_chans', 'device', 'dtype') if key in kwargs})
     if not models:
-        raise ValueError(f'backbone {backbone!r} does not come from timm\'s builder, which a SuperViT needs')
+        raise ValueError(
+            f'backbone {backbone!r} cannot become a SuperViT: {factory.__module__} builds it otherwise than by calling '
+            f'build_model_with_cfg, or a helper _create_*, by its name')
     return models[0]
 
 
 def _find(backbone: Any) -> FunctionType:
     """Return the factory of a backbone, which must be registered, with its tag."""
     name, tag = split_model_name_tag(str(backbone))
+    if name.startswith('supervit') and is_model(name):
+        raise ValueError(f'backbone {backbone!r} is a SuperViT itself; create it by its own name')
     # A name that timm keeps for old code belongs to a function that warns and calls another.
-    if name.startswith('supervit') or not is_model(name) or model_entrypoint(name).__name__ != name:
+    if not is_model(name) or model_entrypoint(name).__name__ != name:
         near = difflib.get_close_matches(name, list_models(exclude_filters='supervit*'))
         remedy = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models("vit_*") lists some'
-        kind = 'a SuperViT itself' if is_model(name) and name.startswith('supervit') else 'no name of a model of timm'
-        raise ValueError(f'backbone {backbone!r} is {kind}; {remedy}')
+        raise ValueError(f'backbone {backbone!r} is no name of a model of timm; {remedy}')
     tags = [split_model_name_tag(tagged)[1] for tagged in get_arch_pretrained_cfgs(name)]
     if tag and tag not in tags:
         raise ValueError(f'backbone {backbone!r} has no tag {tag!r}; use {" or ".join(filter(None, tags)) or "none"}')
