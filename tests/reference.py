@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image size, one number where it is square."""
+    return (img_size, img_size) if isinstance(img_size, int) else img_size
+
+
 class ReferenceAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -66,7 +71,7 @@ class ReferenceBlock(nn.Module):
 class ReferenceSuperViT(nn.Module):
     def __init__(
             self,
-            img_sizes: tuple[int, ...] = (128, 160, 192, 224),
+            img_sizes: tuple = (128, 160, 192, 224),
             drop_layers: tuple[int, ...] = (3, 6, 9),
             patch_size: int = 16,
             embed_dim: int = 384,
@@ -82,7 +87,8 @@ class ReferenceSuperViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed_list = nn.ParameterList(
-            torch.zeros(1, (size // patch_size) ** 2 + 1 + reg_tokens, embed_dim) for size in img_sizes)
+            torch.zeros(1, (height // patch_size) * (width // patch_size) + 1 + reg_tokens, embed_dim)
+            for height, width in map(sides, img_sizes))
         self.blocks = nn.ModuleList(ReferenceBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
@@ -92,9 +98,9 @@ class ReferenceSuperViT(nn.Module):
         for block, own in zip(self.blocks, torch.linspace(0, rate, len(self.blocks)).tolist(), strict=True):
             block.drop_path = own
 
-    def forward(self, x: torch.Tensor, img_size: int, keep_rate: float) -> torch.Tensor:
-        if x.shape[-1] != img_size:
-            x = F.interpolate(x, (img_size, img_size), mode='bilinear', align_corners=True)
+    def forward(self, x: torch.Tensor, img_size: int | tuple[int, int], keep_rate: float) -> torch.Tensor:
+        if tuple(x.shape[-2:]) != sides(img_size):
+            x = F.interpolate(x, sides(img_size), mode='bilinear', align_corners=True)
         x = self.patch_embed['proj'](x).flatten(2).transpose(1, 2)
         prefix = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
         x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)

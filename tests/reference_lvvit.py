@@ -6,14 +6,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from reference import ReferenceBlock, ReferenceSuperViT, soft_cross_entropy
+from reference import ReferenceBlock, ReferenceSuperViT, sides, soft_cross_entropy
 from torch import nn
 
 Box = tuple[int, int, int, int]
 
 
-def scale_box(box: Box, grid_size: int, new_grid_size: int) -> Box:
-    return tuple(math.floor(edge // (grid_size / new_grid_size)) for edge in box)  # type: ignore[return-value]
+def scale_box(box: Box, grid: tuple[int, int], new_grid: tuple[int, int]) -> Box:
+    ratios = [old / new for old, new in zip(grid, new_grid, strict=True)]
+    return tuple(math.floor(edge // ratio) for edge, ratio in zip(box, ratios * 2, strict=True))  # type: ignore
 
 
 def swap(x: torch.Tensor, box: Box) -> torch.Tensor:
@@ -58,9 +59,15 @@ class ReferenceLVViT(ReferenceSuperViT):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
         self.aux_head = nn.Linear(embed_dim, num_classes)
 
-    def features(self, x: torch.Tensor, img_size: int, keep_rate: float, box: Box | None = None) -> torch.Tensor:
-        if x.shape[-1] != img_size:
-            x = F.interpolate(x, (img_size, img_size), mode='bilinear', align_corners=True)
+    def features(
+            self,
+            x: torch.Tensor,
+            img_size: int | tuple[int, int],
+            keep_rate: float,
+            box: Box | None = None,
+    ) -> torch.Tensor:
+        if tuple(x.shape[-2:]) != sides(img_size):
+            x = F.interpolate(x, sides(img_size), mode='bilinear', align_corners=True)
         for i in '123':
             x = self.patch_embed['bn' + i](self.patch_embed['conv' + i](x)).clamp(min=0)
         x = self.patch_embed['proj'](x)
@@ -72,7 +79,7 @@ class ReferenceLVViT(ReferenceSuperViT):
             x = block(x, keep_rate if i in self.drop_layers else 1.)
         return self.norm(x)
 
-    def forward(self, x: torch.Tensor, img_size: int, keep_rate: float) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, img_size: int | tuple[int, int], keep_rate: float) -> torch.Tensor:
         x = self.features(x, img_size, keep_rate)
         return self.head(x[:, 0]) + 0.25 * self.aux_head(x[:, 1:]).max(dim=1).values
 
@@ -91,21 +98,22 @@ def token_label_step(
 
     All that drop tokens learn from the first subnet, or each from the network of its own size.
     """
-    largest = max(model.img_sizes)
-    grid = math.isqrt(model.pos_embed_list[-1].shape[1])
+    patch_size = 2 * model.patch_embed['proj'].kernel_size[0]
+    grids = {img_size: tuple(side // patch_size for side in sides(img_size)) for img_size in model.img_sizes}
+    grid = grids[model.img_sizes[-1]]
     row0, col0, row1, col1 = box
-    lam = 1 - (row1 - row0) * (col1 - col0) / grid ** 2
+    lam = 1 - (row1 - row0) * (col1 - col0) / (grid[0] * grid[1])
     image_target = lam * target[:, :, 1] + (1 - lam) * target[:, :, 1].flip(0)
     losses, teacher = [], torch.empty(0)
     for i, (img_size, keep_rate) in enumerate(subnets):
-        features = model.features(x, img_size, keep_rate, scale_box(box, grid, grid * img_size // largest))
+        features = model.features(x, img_size, keep_rate, scale_box(box, grid, grids[img_size]))
         logits = model.head(features[:, 0])
         if i % 2 == 0:
             if i == 0 or own_size_teacher:
                 teacher = logits.detach().softmax(dim=1)
             loss = soft_cross_entropy(logits, image_target)
             if i == 0:
-                maps = model.aux_head(features[:, 1:]).transpose(1, 2).unflatten(2, (grid, grid))
+                maps = model.aux_head(features[:, 1:]).transpose(1, 2).unflatten(2, grid)
                 token_logits = swap(maps, box).flatten(2).transpose(1, 2)
                 token_loss = soft_cross_entropy(token_logits, target[:, :, 2:].transpose(1, 2))
                 loss = cls_weight * loss + dense_weight * token_loss

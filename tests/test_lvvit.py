@@ -35,6 +35,7 @@ GRIDS = {
     'one size': dict(img_sizes=(64,)),
     'a patch of 8': dict(patch_size=8, img_sizes=(24, 40)),
     'unscaled residuals': dict(skip_lam=1.),
+    'rectangles': dict(img_sizes=((32, 16), (32, 48), (64, 32))),
 }
 
 
@@ -141,7 +142,7 @@ def test_without_a_shared_prefix_batchnorm_keeps_the_official_averages(golden: A
 def test_the_box_has_the_official_places_on_every_grid(load_golden: Any) -> None:
     _, settings = load_golden('lvvit')
     for img_size, box in settings['mix_token_box'].items():
-        assert scale_box(settings['mix_token_box_14'], 14, int(img_size) // 16) == tuple(box)
+        assert scale_box(settings['mix_token_box_14'], (14, 14), (int(img_size) // 16,) * 2) == tuple(box)
 
 
 # --- the reference
@@ -192,6 +193,19 @@ def test_a_training_step_gives_the_losses_gradients_and_buffers_of_the_reference
         assert model.patch_embed.bn1.num_batches_tracked == 2  # sizes
     else:
         torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()), atol=1e-10, rtol=0)
+
+
+def test_rectangles_mix_and_learn_as_the_reference(lvvit: Any, fixed_box: Any) -> None:
+    sizes = ((32, 16), (32, 48), (96, 48))
+    model, reference = create_pair(lvvit, torch.float64, img_sizes=sizes, share_prefix=False)
+    images, target, box = torch.randn(3, 3, 96, 48).double(), draw_token_labels(3, 18), (1, 0, 5, 2)
+    step = [(sizes[2], 1.0), (sizes[2], 0.6), (sizes[1], 1.0), (sizes[1], 0.3)]
+    expected = token_label_step(reference.train(), images, target, step, box)
+    fixed_box(box)
+    result = create_task(model, subnets=step)(images, target)
+    torch.testing.assert_close(get_losses(result), torch.stack(expected), atol=1e-10, rtol=0)
+    result['loss'].backward()
+    assert_gradients(model, {name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
 
 
 # --- labels
@@ -260,9 +274,9 @@ def test_labels_of_a_wrong_shape_are_refused(lvvit: Any, images: torch.Tensor, s
 
 def test_a_box_is_drawn_as_cutmix_draws_it() -> None:
     draws = random.Random(0)
-    boxes = [draw_box(14, draws) for _ in range(4000)]
+    boxes = [draw_box((14, 14), draws) for _ in range(4000)]
     assert all(0 <= row0 <= row1 <= 14 and 0 <= col0 <= col1 <= 14 for row0, col0, row1, col1 in boxes)
-    shares = torch.tensor([box_share(box, 14) for box in boxes])
+    shares = torch.tensor([box_share(box, (14, 14)) for box in boxes])
     # By the definition of CutMix: sides of sqrt(1 - lam) of the grid's, lam uniform, around a center anywhere.
     halves = [int(14 * math.sqrt(1 - lam)) // 2 for lam in torch.rand(20000).tolist()]
     centers = torch.randint(14, (2, 20000))
@@ -275,16 +289,16 @@ def test_a_box_is_drawn_as_cutmix_draws_it() -> None:
 
 def test_a_box_swaps_patches_with_the_batch_in_reverse_order() -> None:
     x = torch.arange(3).view(3, 1, 1).expand(3, 9, 2)
-    swapped = swap_box(x, (0, 1, 2, 3), 3)
+    swapped = swap_box(x, (0, 1, 2, 3), (3, 3))
     inside = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 0]).bool()
     assert (swapped[:, inside] == torch.tensor([2, 1, 0]).view(3, 1, 1)).all()
     assert (swapped[:, ~inside] == x[:, ~inside]).all()
-    assert swap_box(swapped, (0, 1, 2, 3), 3).equal(x)
+    assert swap_box(swapped, (0, 1, 2, 3), (3, 3)).equal(x)
 
 
 def test_a_box_rounds_as_the_official_code_does() -> None:
-    assert scale_box((0, 0, 14, 14), 14, 8) == (0, 0, 8, 8)
-    assert scale_box((0, 0, 14, 14), 14, 12) == (0, 0, 11, 11)
+    assert scale_box((0, 0, 14, 14), (14, 14), (8, 8)) == (0, 0, 8, 8)
+    assert scale_box((0, 0, 14, 14), (14, 14), (12, 12)) == (0, 0, 11, 11)
 
 
 def test_an_empty_box_mixes_nothing(lvvit: Any, images: torch.Tensor) -> None:

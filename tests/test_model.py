@@ -987,7 +987,7 @@ def test_a_mask_works_where_nothing_is_dropped(small_model: Any, images: Tensor)
 def test_a_mask_is_refused_where_tokens_are_dropped(small_model: Any, images: Tensor) -> None:
     model, mask = small_model(keep_rate=0.3), torch.ones(17, 17, dtype=torch.bool)
     for call in (model, model.forward_features, model.forward_intermediates):
-        with pytest.raises(ValueError, match=r'keep_rate=0\.3.*keep_rate=1\.0'):
+        with pytest.raises(ValueError, match=r'64:0\.3.*keep_rate=1\.0'):
             call(images, attn_mask=mask)
         with pytest.raises(ValueError, match=r'keep_rate=1\.0'):
             call(images, is_causal=True)
@@ -1069,11 +1069,11 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     'repeated sizes': (dict(img_sizes=(32, 32, 64)), r'\(32, 32, 64\).*use \(32, 64\)'),
     'no sizes': (dict(img_sizes=()), r'img_sizes \(\).*at least one'),
     'one size that is no sequence': (dict(img_sizes=64), r'img_sizes 64.*at least one'),
-    'a size of 0': (dict(img_sizes=(0, 32)), r'0 is not a positive whole number'),
-    'a size below 0': (dict(img_sizes=(-16, 32)), r'-16 is not a positive whole number'),
-    'a size that is not whole': (dict(img_sizes=(32.5, 64)), r'32\.5 is not a positive whole number'),
+    'a size of 0': (dict(img_sizes=(0, 32)), r'0 is neither a positive whole number'),
+    'a size below 0': (dict(img_sizes=(-16, 32)), r'-16 is neither a positive whole number'),
+    'a size that is not whole': (dict(img_sizes=(32.5, 64)), r'32\.5 is neither a positive whole number'),
     'an active size that is not in the grid': (dict(img_size=40), r'40 is none of img_sizes \(32, 48, 64\)'),
-    'an active size that is not square': (dict(img_size=(32, 48)), r'\(32, 48\) is not square'),
+    'an active size of another shape': (dict(img_size=(32, 48)), r'\(32, 48\) is none of img_sizes \(32, 48, 64\)'),
     'no rates': (dict(keep_rates=()), r'keep_rates \(\).*at least one'),
     'a rate of 0': (dict(keep_rates=(0, 1.0)), r'keep_rate 0 is not in \(0, 1\]'),
     'a rate below 0': (dict(keep_rates=(-0.5, 1.0)), r'keep_rate -0\.5 is not in \(0, 1\]'),

@@ -25,6 +25,8 @@ GRIDS = {
     'one size': dict(img_sizes=(64,)),
     'a patch of 8': dict(patch_size=8, img_sizes=(24, 40)),
     'register tokens': dict(reg_tokens=3),
+    'rectangles': dict(img_sizes=((32, 16), (48, 32), (64, 32))),
+    'squares and rectangles': dict(img_sizes=((16, 32), 32, (32, 48), (64, 32), 64)),
     'the reverse schedule': dict(
         depth=12, drop_layers=(0, 1, 2, 4, 5, 7, 8, 10, 11), keep_rates=(0.1, 0.5, 0.7, 1.0)),
 }

@@ -39,7 +39,7 @@ class LabelMapDataset(Dataset):
             dataset: Any,
             label_root: str | Path,
             num_classes: int = 1000,
-            grid_size: int | None = None,
+            grid_size: int | tuple[int, int] | None = None,
     ) -> None:
         """Create the data set.
 
@@ -49,7 +49,8 @@ class LabelMapDataset(Dataset):
                 ``.pt``; it holds a tensor [2, K, H, H] of the scores, before softmax, and the indices of the K best
                 classes at each place.
             num_classes: Classes of the labels.
-            grid_size: Patches along one side of the largest image size; None is one for every 16 pixels of the crop.
+            grid_size: Rows and columns of patches of the largest image size, one number if alike; None is one for
+                every 16 pixels of the crop.
 
         Raises:
             FileNotFoundError: If there is no such folder.

@@ -3,15 +3,15 @@
 A subnet is one operating point of a super vision transformer (SuperViT, arXiv 2205.11397): the image at one size, and
 a share of its tokens. This file is arithmetic only; it knows neither torch nor timm.
 """
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 __all__ = [
     'DISTILL_TEACHERS',
     'TRAIN_SUBNETS',
+    'Size',
     'Subnet',
     'check_choice',
     'check_drop_layers',
@@ -19,57 +19,102 @@ __all__ = [
     'check_img_sizes',
     'check_keep_rate',
     'check_keep_rates',
+    'check_patch_size',
     'check_subnet',
+    'find_nearest_size',
+    'format_size',
     'keep_schedule',
+    'size_2d',
+    'sort_sizes',
 ]
 
 TRAIN_SUBNETS = ('sandwich', 'all', 'active')
 DISTILL_TEACHERS = ('own_size', 'largest_size')
+
+Size = int | tuple[int, int]  # an image's side in pixels where it is square, (height, width) where it is not
 
 
 class Subnet(NamedTuple):
     """One operating point of a super vision transformer.
 
     Attributes:
-        img_size: Side of the square image that the network sees, in pixels.
+        img_size: Size of the image that the network sees, in pixels: its side, or (height, width) of a rectangle.
         keep_rate: Share of the tokens that each dropping block keeps, in (0, 1]; 1.0 drops nothing.
     """
 
-    img_size: int
+    img_size: Size
     keep_rate: float
 
+    def __str__(self) -> str:
+        """Return the subnet as the command line takes it, such as 160:0.7 or 256x128:0.7."""
+        return f'{format_size(self.img_size)}:{self.keep_rate:g}'
 
-def check_img_size(img_size: Any) -> int:
-    """Return a square image size, given as a side or as an equal (height, width) pair, as its side in pixels.
+
+def size_2d(size: Size) -> tuple[int, int]:
+    """Return a size as (height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def format_size(size: Size) -> str:
+    """Return a size as it is written in tables and file names: 224, or 256x128 for (height, width)."""
+    return str(size) if isinstance(size, int) else f'{size[0]}x{size[1]}'
+
+
+def sort_sizes(sizes: Iterable[Size]) -> tuple[Size, ...]:
+    """Return sizes by area, those of equal area by height."""
+    return tuple(sorted(sizes, key=lambda size: (math.prod(size_2d(size)), size_2d(size))))
+
+
+def find_nearest_size(size: Size, sizes: Sequence[Size]) -> int:
+    """Return the index of the size that differs least from another in height and width together."""
+    height, width = size_2d(size)
+    return min(range(len(sizes)), key=lambda i: abs(size_2d(sizes[i])[0] - height) + abs(size_2d(sizes[i])[1] - width))
+
+
+def check_img_size(img_size: Any) -> Size:
+    """Return an image size, given as a side or as (height, width), in the form of ``Size``.
 
     Raises:
-        ValueError: If the size is no positive whole number or the pair is not square.
+        ValueError: If a side is no positive whole number.
     """
-    side = img_size
-    if isinstance(img_size, Sequence) and not isinstance(img_size, str):
-        if len(img_size) != 2 or img_size[0] != img_size[1]:
-            raise ValueError(f'img_size {img_size} is not square; give one side in pixels, as in img_size=224')
-        side = img_size[0]
-    if isinstance(side, bool) or not isinstance(side, Integral) or side < 1:
-        raise ValueError(f'img_size {img_size!r} is not a positive whole number of pixels, as in img_size=224')
-    return int(side)
+    sides = tuple(img_size) if isinstance(img_size, Sequence) and not isinstance(img_size, str) else (img_size,) * 2
+    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, Integral) or s < 1 for s in sides):
+        raise ValueError(f'img_size {img_size!r} is neither a positive whole number of pixels, as in img_size=224, '
+                         f'nor a pair of them, height and width, as in img_size=(256, 128)')
+    height, width = map(int, sides)
+    return height if height == width else (height, width)
 
 
-def check_img_sizes(img_sizes: Any, patch_size: int) -> tuple[int, ...]:
-    """Return the image sizes of a grid as a tuple of sides in pixels.
+def check_img_sizes(img_sizes: Any, patch_size: int) -> tuple[Size, ...]:
+    """Return the image sizes of a grid as a tuple, by area.
 
     Raises:
-        ValueError: If there is none, one is not divisible by ``patch_size``, or they are not strictly ascending.
+        ValueError: If there is none, a side is not divisible by ``patch_size``, or they are not ascending by area, and
+            by height where areas are equal, without repeats.
     """
     sizes = tuple(check_img_size(size) for size in _as_sequence(img_sizes, 'img_sizes', '(128, 160, 192, 224)'))
     for size in sizes:
-        if size % patch_size:
-            lower = size // patch_size * patch_size
-            near = ' or '.join(str(s) for s in (lower, lower + patch_size) if s)
-            raise ValueError(f'img_sizes {sizes}: {size} is not divisible by the patch size {patch_size}; use {near}')
-    if any(a >= b for a, b in itertools.pairwise(sizes)):
-        raise ValueError(f'img_sizes {sizes} are not ascending without repeats; use {tuple(sorted(set(sizes)))}')
+        for side in size_2d(size):
+            if side % patch_size:
+                lower = side // patch_size * patch_size
+                near = ' or '.join(str(s) for s in (lower, lower + patch_size) if s)
+                raise ValueError(
+                    f'img_sizes {sizes}: {side} is not divisible by the patch size {patch_size}; use {near}')
+    if sizes != sort_sizes(set(sizes)):
+        raise ValueError(f'img_sizes {sizes} are not ascending by area without repeats; use {sort_sizes(set(sizes))}')
     return sizes
+
+
+def check_patch_size(patch_size: Any) -> int:
+    """Return a patch size, given as a side or as an equal (height, width) pair, as its side in pixels.
+
+    Raises:
+        ValueError: If a side is no positive whole number or patches are not square.
+    """
+    side = check_img_size(patch_size)
+    if not isinstance(side, int):
+        raise ValueError(f'patch_size {patch_size} is not square; give one side in pixels, as in patch_size=16')
+    return side
 
 
 def check_keep_rate(keep_rate: Any) -> float:
@@ -95,7 +140,7 @@ def check_keep_rates(keep_rates: Any) -> tuple[float, ...]:
     return tuple(sorted(rates))
 
 
-def check_subnet(subnet: Any, img_sizes: Sequence[int]) -> Subnet:
+def check_subnet(subnet: Any, img_sizes: Sequence[Size]) -> Subnet:
     """Return a pair (img_size, keep_rate) as a subnet of a grid; its rate need not be one of the grid's.
 
     Raises:

@@ -20,7 +20,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .models.supervit import SuperVisionTransformer
-from .subnets import Subnet
+from .subnets import Size, Subnet
 
 __all__ = ['SubnetLoss', 'SuperViTTask', 'find_supervit']
 
@@ -168,7 +168,7 @@ class SuperViTTask(ClassificationTask):
             label_loss: Callable[[Tensor], Tensor],
     ) -> dict[str, Any]:
         # label_loss(logits) is the loss of a subnet that learns from the labels.
-        teachers: dict[int, Tensor] = {}
+        teachers: dict[Size, Tensor] = {}
         losses, roles = [], []
         for subnet, logits in zip(subnets, outputs, strict=True):
             if subnet.img_size in teachers:
@@ -198,7 +198,7 @@ class SuperViTTask(ClassificationTask):
         Raises:
             FloatingPointError: If one is not finite; the message names the subnet.
         """
-        keys = sorted(self._sums)
+        keys = sorted(self._sums, key=lambda key: (key[0], self.model.macs(key[1])))
         totals = torch.stack([self._sums[key][0] for key in keys]).tolist() if keys else []
         means = {key: total / self._sums[key][1] for key, total in zip(keys, totals, strict=True)}
         self._sums.clear()
@@ -212,7 +212,7 @@ class SuperViTTask(ClassificationTask):
             parts = []
             for role in sorted({role for role, _ in means}, reverse=True):  # label, distill
                 own = {subnet: mean for (r, subnet), mean in means.items() if r == role}
-                subnets = ', '.join(f'{s.img_size}@{s.keep_rate:g} {mean:#.3g}' for s, mean in own.items())
+                subnets = ', '.join(f'{subnet} {mean:#.3g}' for subnet, mean in own.items())
                 parts.append(f'{role} {statistics.fmean(own.values()):#.3g} ({subnets})')
             _logger.info(f'Subnets: {", ".join(parts)}')
 

@@ -68,7 +68,7 @@ def _choose_task(cls: type, model: Any, classification_task: type) -> type:
         return resolve_name(supervit.task_class)
     if supervit.train_subnets != 'active':
         warnings.warn(
-            f'{cls.__name__} trains only the active {supervit.subnet} of this SuperViT. All subnets train in '
+            f'{cls.__name__} trains only the active subnet {supervit.subnet} of this SuperViT. All subnets train in '
             f'ClassificationTask itself, as train.py without --kd-model-name creates it; '
             f'train_subnets=active says that one is meant.', stacklevel=4)
     return cls

@@ -50,12 +50,13 @@ class TokenLabelTask(SuperViTTask):
         """
         model = cast(SuperLVViT, self.model)
         subnets = self.sample_subnets()
-        grid_size = model.grid_size(subnets[0].img_size)
-        self._check_target(input, target, grid_size ** 2, subnets[0].keep_rate)
+        num_patches = model.num_patches(subnets[0].img_size)
+        self._check_target(input, target, num_patches, subnets[0].keep_rate)
         if subnets[0].keep_rate < 1:
             return super().forward(input, target)
 
         box = draw_box(model.grid_size(model.img_sizes[-1]), self.draws)
+        grid_size = model.grid_size(subnets[0].img_size)
         share = box_share(model.scale_box(box, grid_size), grid_size)
         outputs = self._run(input, subnets, mix_box=box)
         (first, token_logits), *others = outputs  # [B, classes], [B, N, classes]; the others [B, classes]
@@ -66,7 +67,7 @@ class TokenLabelTask(SuperViTTask):
             image_target, token_target = target[:, :, 1], target[:, :, 2:].transpose(1, 2).flatten(0, 1)
         else:
             criterion = self._judge
-            image_target, token_target = target, target.repeat_interleave(grid_size ** 2, dim=0)
+            image_target, token_target = target, target.repeat_interleave(num_patches, dim=0)
 
         def label_loss(logits: Tensor) -> Tensor:
             loss = (1 - share) * criterion(logits, image_target) + share * criterion(logits, image_target.flip(0))

@@ -47,7 +47,7 @@ def command(
     supervit choose results/evaluate.json results/profile.json --latency-ms 20 --where batch_size=1
     """
     from ..tools.choose import best_subnet, merge_results, pareto_front
-    from ..tools.results import save_results
+    from ..tools.results import save_results, subnet_of
     from .tables import list_table, print_table
 
     merged = merge_results(results, where)
@@ -63,4 +63,4 @@ def command(
         if info.get('partial'):
             echo(f'PARTIAL: {path} is of an interrupted run.')
     print_table(list_table(front, shown, title='Pareto front'))
-    echo(f'{best["img_size"]}:{best["keep_rate"]:g}')
+    echo(str(subnet_of(best)))

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from ..subnets import Subnet, check_keep_rate
+from ..subnets import Subnet, check_img_size, check_keep_rate
 from ..tools.text import visible
 
 __all__ = [
@@ -104,10 +104,11 @@ class SubnetType(click.ParamType):
         """Return the subnet."""
         try:
             img_size, keep_rate = value.split(':')
-            return Subnet(int(img_size), check_keep_rate(float(keep_rate)))
+            sides = [int(side) for side in img_size.split('x')]
+            return Subnet(check_img_size(sides if len(sides) > 1 else sides[0]), check_keep_rate(float(keep_rate)))
         except ValueError as error:
             reason = f': {error}' if 'keep_rate' in str(error) else ''
-            self.fail(f'{value!r} is no subnet SIZE:RATE, as in 160:0.7{reason}', param, ctx)
+            self.fail(f'{value!r} is no subnet SIZE:RATE, as in 160:0.7 or 256x128:0.7{reason}', param, ctx)
 
 
 def _check_pairs(pairs: tuple[str, ...]) -> tuple[str, ...]:

@@ -125,4 +125,6 @@ def command(
 
 
 def _network(row: dict[str, Any]) -> str:
-    return row.get('model') or f'{row["img_size"]}:{row["keep_rate"]:g}'
+    from ..tools.results import subnet_of
+
+    return row.get('model') or str(subnet_of(row))

@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ..subnets import format_size, sort_sizes
 from ..tools.results import Results, Row, column_of
 from ..tools.text import visible
 from .stdout import write
@@ -98,8 +99,8 @@ def grid_table(rows: Sequence[Row], key: str) -> UncutTable:
     values = {(row['img_size'], row['keep_rate']): row.get(key) for row in rows}
     rates = sorted({rate for _, rate in values})
     cells = [
-        [str(size), *(column.text(values.get((size, rate))) for rate in rates)]
-        for size in sorted({size for size, _ in values})]
+        [format_size(size), *(column.text(values.get((size, rate))) for rate in rates)]
+        for size in sort_sizes({size for size, _ in values})]
     return UncutTable(column.heading, ['size', *(f'{rate:g}' for rate in rates)], cells, [False] * (1 + len(rates)))
 
 

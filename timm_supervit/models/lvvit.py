@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from ..subnets import check_img_size, check_subnet
+from ..subnets import Size, check_patch_size, check_subnet
 from .mix_token import Box, scale_box, swap_box
 from .supervit import SuperVisionTransformer, create_supervit, linear_macs, supervit_cfg
 from .token_keeping import TokenKeepingBlock
@@ -71,7 +71,7 @@ class ConvStem(PatchEmbed):
     ) -> None:
         """Change the sizes as ``PatchEmbed`` does; the projection is resampled, the convolutions stay."""
         if patch_size is not None:
-            side = check_img_size(patch_size)
+            side = check_patch_size(patch_size)
             half = _halve(side)
             self.patch_size = self.proj.kernel_size
             super().set_input_size(patch_size=half)
@@ -209,11 +209,12 @@ class SuperLVViT(SuperVisionTransformer):
             x: Images of one of ``img_sizes``.
             mix_box: MixToken's box on the grid of the largest size; None mixes nothing.
         """
-        grid_size = self.grid_size(x.shape[-1])
+        height, width = x.shape[-2:]
+        grid_size = self.grid_size((height, width))
         x = self.patch_embed(x)
         return x if mix_box is None else swap_box(x, self.scale_box(mix_box, grid_size), grid_size)
 
-    def scale_box(self, mix_box: Box, grid_size: int) -> Box:
+    def scale_box(self, mix_box: Box, grid_size: tuple[int, int]) -> Box:
         """Carry MixToken's box over from the grid of the largest size to another."""
         return scale_box(mix_box, self.grid_size(self.img_sizes[-1]), grid_size)
 
@@ -250,9 +251,9 @@ class SuperLVViT(SuperVisionTransformer):
             x: Tensor,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            img_size: int | None = None,
+            img_size: Size | None = None,
             keep_rate: float | None = None,
-            subnets: Sequence[tuple[int, float]] | None = None,
+            subnets: Sequence[tuple[Size, float]] | None = None,
             mix_box: Box | None = None,
     ) -> Any:
         """Run subnets as ``SuperVisionTransformer`` does, or those of a training step with MixToken.
@@ -271,7 +272,8 @@ class SuperLVViT(SuperVisionTransformer):
             return super().forward(x, attn_mask, is_causal, img_size, keep_rate, subnets)
         first = check_subnet(subnets[0], self.img_sizes)
         if self._schedule(first):
-            raise ValueError(f'{first} drops tokens, and token labels need all; put a subnet of keep_rate 1.0 first')
+            raise ValueError(
+                f'subnet {first} drops tokens, and token labels need all; put a subnet of keep_rate 1.0 first')
         with_patches = [i == 0 for i in range(len(subnets))]
         features = self.forward_features_subnets(x, subnets, with_patches, mix_box=mix_box)
         logits = [self.class_logits(tokens) for tokens in features]
@@ -282,7 +284,7 @@ class SuperLVViT(SuperVisionTransformer):
     def forward_subnets(
             self,
             x: Tensor,
-            subnets: Sequence[tuple[int, float]],
+            subnets: Sequence[tuple[Size, float]],
             mix_box: Box | None = None,
     ) -> list[Any]:
         """Run several subnets on one batch, or those of a training step with MixToken; see ``forward``."""

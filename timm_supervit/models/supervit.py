@@ -6,6 +6,7 @@ Official code: https://github.com/lmbxmu/SuperViT
 The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
 tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
 """
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,14 +33,19 @@ from ..sharing import Branch, plan_sharing
 from ..subnets import (
     DISTILL_TEACHERS,
     TRAIN_SUBNETS,
+    Size,
     Subnet,
     check_choice,
     check_drop_layers,
     check_img_size,
     check_img_sizes,
     check_keep_rates,
+    check_patch_size,
     check_subnet,
+    find_nearest_size,
     keep_schedule,
+    size_2d,
+    sort_sizes,
 )
 from ..timm_patches import allow_recompilation
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock, select_tokens
@@ -50,16 +56,16 @@ __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
 @torch.fx.wrap
 @register_notrace_function
-def resize_images(x: Tensor, img_size: int, in_chans: int) -> Tensor:
-    """Resize images to a square, bilinearly with aligned corners and no antialiasing, as the official code does.
+def resize_images(x: Tensor, img_size: Size, in_chans: int) -> Tensor:
+    """Resize images bilinearly with aligned corners and no antialiasing, as the official code does.
 
     Args:
         x: Images [B, in_chans, H, W].
-        img_size: Side of the result in pixels.
+        img_size: Size of the result in pixels.
         in_chans: Channels that the network was built for.
 
     Returns:
-        Images [B, in_chans, img_size, img_size]; ``x`` itself where it has that size.
+        Images [B, in_chans, height, width]; ``x`` itself where it has that size.
 
     Raises:
         ValueError: If ``x`` has another number of dimensions or channels.
@@ -68,13 +74,13 @@ def resize_images(x: Tensor, img_size: int, in_chans: int) -> Tensor:
         raise ValueError(
             f'input of shape {tuple(x.shape)} is no batch of images [B, {in_chans}, H, W]; '
             f'for another number of channels create the model with in_chans=')
-    if x.shape[-2:] == (img_size, img_size):
+    if x.shape[-2:] == size_2d(img_size):
         return x
-    return F.interpolate(x, size=(img_size, img_size), mode='bilinear', align_corners=True)
+    return F.interpolate(x, size=size_2d(img_size), mode='bilinear', align_corners=True)
 
 
 class PositionEmbeddings(nn.ParameterList):
-    """One learned position embedding [1, prefix + grid * grid, D] for each image size, ascending."""
+    """One learned position embedding [1, prefix + patches, D] for each image size, by area."""
 
     def reset_parameters(self) -> None:
         """Draw all embeddings anew, as timm's ViT does."""
@@ -122,7 +128,7 @@ class SuperVisionTransformer(VisionTransformer):
 
     def __init__(
             self,
-            img_sizes: Sequence[int] = (128, 160, 192, 224),
+            img_sizes: Sequence[int | Sequence[int]] = (128, 160, 192, 224),
             keep_rates: Sequence[float] = (0.5, 0.7, 1.0),
             drop_layers: Sequence[int] = (3, 6, 9),
             img_size: int | Sequence[int] | None = None,
@@ -144,7 +150,8 @@ class SuperVisionTransformer(VisionTransformer):
         """Create the model; the arguments that are not listed are those of timm's ``VisionTransformer``.
 
         Args:
-            img_sizes: Image sizes of the grid, in pixels, ascending, each divisible by ``patch_size``.
+            img_sizes: Image sizes of the grid in pixels, by area, all divisible by ``patch_size``: whole numbers for
+                squares, pairs (height, width) for rectangles.
             keep_rates: Keep rates of the grid, in (0, 1].
             drop_layers: Blocks that drop tokens, counted from 0. Indices beyond a shallower network are an error.
             img_size: Size of the active subnet (default: the largest).
@@ -163,12 +170,12 @@ class SuperVisionTransformer(VisionTransformer):
             if kwargs.pop(name, required) != required:
                 raise ValueError(f'SuperViT needs {name}={required!r}: it ranks patches by the class token and has one '
                                  f'learned position embedding for each of its img_sizes')
-        patch_size = check_img_size(patch_size)
+        patch_size = check_patch_size(patch_size)
         img_sizes = check_img_sizes(img_sizes, patch_size)
         keep_rates = check_keep_rates(keep_rates)
         drop_layers = check_drop_layers(drop_layers, depth)
         super().__init__(
-            img_size=img_sizes[-1],
+            img_size=size_2d(img_sizes[-1]),
             patch_size=patch_size,
             embed_dim=embed_dim,
             depth=depth,
@@ -188,7 +195,7 @@ class SuperVisionTransformer(VisionTransformer):
         self.distill_teacher = check_choice('distill_teacher', distill_teacher, DISTILL_TEACHERS)
         self.share_prefix = share_prefix
         self.subnet = Subnet(img_sizes[-1] if img_size is None else check_img_size(img_size), keep_rate)
-        lengths = [self.grid_size(size) ** 2 + self.num_embed_prefix_tokens for size in img_sizes]
+        lengths = [self.num_patches(size) + self.num_embed_prefix_tokens for size in img_sizes]
         self.pos_embed_list = PositionEmbeddings(
             torch.empty(1, length, embed_dim, device=device, dtype=dtype) for length in lengths)
         self.pos_embed_list.reset_parameters()
@@ -215,26 +222,30 @@ class SuperVisionTransformer(VisionTransformer):
         return self._subnet
 
     @subnet.setter
-    def subnet(self, subnet: tuple[int, float]) -> None:
+    def subnet(self, subnet: tuple[Size, float]) -> None:
         self._subnet = check_subnet(subnet, self.img_sizes)
         self._record_for_export(img_size=self._subnet.img_size, keep_rate=self._subnet.keep_rate)
 
-    def grid_size(self, img_size: int) -> int:
-        """Return the patches along one side of an image."""
-        return img_size // self.patch_embed.patch_size[0]
+    def grid_size(self, img_size: Size) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image."""
+        return self.patch_embed.dynamic_feat_size(size_2d(img_size))
+
+    def num_patches(self, img_size: Size) -> int:
+        """Return the patches of an image."""
+        return math.prod(self.grid_size(img_size))
 
     @property
     def num_embed_prefix_tokens(self) -> int:
         """Prefix tokens that have an entry in the position embeddings."""
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
-    def macs(self, subnet: tuple[int, float]) -> int:
+    def macs(self, subnet: tuple[Size, float]) -> int:
         """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks, pooling and head.
 
         They are those that torch's flop counter sees in ``forward``.
         """
         subnet = check_subnet(subnet, self.img_sizes)
-        num_patches, schedule = self.grid_size(subnet.img_size) ** 2, self._schedule(subnet)
+        num_patches, schedule = self.num_patches(subnet.img_size), self._schedule(subnet)
         macs = self._embed_macs(num_patches)
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
@@ -261,13 +272,13 @@ class SuperVisionTransformer(VisionTransformer):
         # functions for it, but in a private module that not every version next to a train.py has.
         self._model_args = getattr(self, '_model_args', {}) | settings
         if 'img_size' in settings:
-            self._traits = getattr(self, '_traits', {}) | {'img_size': (settings['img_size'],) * 2}
+            self._traits = getattr(self, '_traits', {}) | {'img_size': size_2d(settings['img_size'])}
 
     def _read_call(
             self,
             attn_mask: Tensor | None,
             is_causal: bool,
-            img_size: int | None,
+            img_size: Size | None,
             keep_rate: float | None,
     ) -> tuple[Subnet, dict[int, int], dict[str, Any]]:
         """Return the subnet that a call asks for, its schedule, and the arguments of blocks that drop nothing."""
@@ -281,21 +292,23 @@ class SuperVisionTransformer(VisionTransformer):
         schedule = self._schedule(subnet)
         masked = _is_given(attn_mask) or (_is_given(is_causal) and is_causal)
         if masked and schedule:
-            raise ValueError(f'{subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
+            raise ValueError(
+                f'subnet {subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
         return subnet, schedule, dict(attn_mask=attn_mask, is_causal=is_causal) if masked else {}
 
     def _warn_of_other_size(self, x: Tensor, subnets: Any) -> None:
         # Whoever asks timm's scripts for --img-size 256 may think that this is the size that runs.
-        if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy) or x.shape[-2:] in [(s, s) for s in self.img_sizes]:
+        if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
             return
-        runs = 'every subnet resizes them' if subnets is not None else f'the active {self.subnet} resizes them'
+        if any(x.shape[-2:] == size_2d(size) for size in self.img_sizes):
+            return
+        runs = 'every subnet resizes them' if subnets is not None else f'the active subnet {self.subnet} resizes them'
         warnings.warn(
             f'images of {" x ".join(map(str, x.shape[-2:]))} pixels are of none of img_sizes {self.img_sizes}, and '
             f'{runs}; choose another subnet with --model-kwargs img_size=, model.subnet, or in the call', stacklevel=3)
 
     def _schedule(self, subnet: Subnet) -> dict[int, int]:
-        num_patches = self.grid_size(subnet.img_size) ** 2
-        return keep_schedule(num_patches, subnet.keep_rate, self.drop_layers, len(self.blocks))
+        return keep_schedule(self.num_patches(subnet.img_size), subnet.keep_rate, self.drop_layers, len(self.blocks))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as any module does, but all of them or, with an error, none; see ``models/weights.py``."""
@@ -343,23 +356,24 @@ class SuperVisionTransformer(VisionTransformer):
         size changes.
 
         Args:
-            img_size: Side of the square image in pixels, or an equal (height, width) pair.
-            patch_size: New patch size, likewise.
+            img_size: Side of a square image in pixels, or (height, width).
+            patch_size: Side of the new patches, or an equal pair.
 
         Raises:
-            ValueError: If a size is not square or not divisible by the patch size.
+            ValueError: If the size is not divisible by the patch size, or patches are not square.
         """
         new_size = self.subnet.img_size if img_size is None else check_img_size(img_size)
-        new_patch = self.patch_embed.patch_size[0] if patch_size is None else check_img_size(patch_size)
-        img_sizes = check_img_sizes(sorted({*self.img_sizes, new_size}), new_patch)
+        new_patch = self.patch_embed.patch_size[0] if patch_size is None else check_patch_size(patch_size)
+        img_sizes = check_img_sizes(sort_sizes({*self.img_sizes, new_size}), new_patch)
+        old_sizes, old_grids = self.img_sizes, [self.grid_size(size) for size in self.img_sizes]
+        super().set_input_size(img_size=size_2d(img_sizes[-1]), patch_size=(new_patch,) * 2)
         pos_embeds = []
         for size in img_sizes:
-            nearest = min(range(len(self.img_sizes)), key=lambda i: abs(self.img_sizes[i] - size))
+            nearest = find_nearest_size(size, old_sizes)
             old, requires_grad = self.pos_embed_list[nearest], self.pos_embed_list[nearest].requires_grad
-            resampled = resample_abs_pos_embed(
-                old.detach(), new_size=[size // new_patch] * 2, num_prefix_tokens=self.num_embed_prefix_tokens)
-            pos_embeds.append(old if resampled.shape == old.shape else nn.Parameter(resampled, requires_grad))
-        super().set_input_size(img_size=(img_sizes[-1],) * 2, patch_size=(new_patch,) * 2)
+            new = resample_abs_pos_embed(
+                old.detach(), self.grid_size(size), old_grids[nearest], self.num_embed_prefix_tokens)
+            pos_embeds.append(old if self.grid_size(size) == old_grids[nearest] else nn.Parameter(new, requires_grad))
         self.img_sizes = img_sizes
         self._record_for_export(img_sizes=img_sizes)
         self.pos_embed_list = PositionEmbeddings(pos_embeds)
@@ -369,7 +383,7 @@ class SuperVisionTransformer(VisionTransformer):
         """Turn images [B, C, H, W] into patch tokens [B, N, D]; a subclass may take more that belongs to the call."""
         return self.patch_embed(x)
 
-    def embed(self, x: Tensor, img_size: int, **kwargs: Any) -> Tensor:
+    def embed(self, x: Tensor, img_size: Size, **kwargs: Any) -> Tensor:
         """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
         x = self.embed_patches(resize_images(x, img_size, self.in_chans), **kwargs)
         return self.add_positions(x, self.pos_embed_list.select(self.img_sizes.index(img_size)))
@@ -392,7 +406,7 @@ class SuperVisionTransformer(VisionTransformer):
             x: Tensor,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            img_size: int | None = None,
+            img_size: Size | None = None,
             keep_rate: float | None = None,
     ) -> Tensor:
         """Run a subnet up to the final norm.
@@ -422,9 +436,9 @@ class SuperVisionTransformer(VisionTransformer):
             x: Tensor,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            img_size: int | None = None,
+            img_size: Size | None = None,
             keep_rate: float | None = None,
-            subnets: Sequence[tuple[int, float]] | None = None,
+            subnets: Sequence[tuple[Size, float]] | None = None,
     ) -> Any:
         """Run the active subnet, or the given one, or several, for this call alone.
 
@@ -442,7 +456,7 @@ class SuperVisionTransformer(VisionTransformer):
             return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets, with_patches)]
         return self.forward_head(self.forward_features(x, attn_mask, is_causal, img_size, keep_rate))
 
-    def forward_subnets(self, x: Tensor, subnets: Sequence[tuple[int, float]]) -> list[Tensor]:
+    def forward_subnets(self, x: Tensor, subnets: Sequence[tuple[Size, float]]) -> list[Tensor]:
         """Return the logits [B, num_classes] of several subnets on one batch, see ``forward_features_subnets``."""
         return self(x, subnets=subnets)  # a call of the model, which hooks and wrappers see
 
@@ -453,7 +467,7 @@ class SuperVisionTransformer(VisionTransformer):
     def forward_features_subnets(
             self,
             x: Tensor,
-            subnets: Sequence[tuple[int, float]],
+            subnets: Sequence[tuple[Size, float]],
             with_patches: Sequence[bool] | None = None,
             **kwargs: Any,
     ) -> list[Tensor]:
@@ -487,7 +501,7 @@ class SuperVisionTransformer(VisionTransformer):
             img_size = wanted[members[0]].img_size
             tree = plan_sharing(
                 [self._schedule(wanted[i]) for i in members], [needed[i] for i in members],
-                self.grid_size(img_size) ** 2, len(self.blocks))
+                self.num_patches(img_size), len(self.blocks))
             for leaf, y in self._run_branch(self.embed(x, img_size, **kwargs), tree):
                 tokens.update(dict.fromkeys((members[i] for i in leaf.members), self.norm(y)))
         return [tokens[i] for i in range(len(wanted))]
@@ -539,7 +553,7 @@ class SuperVisionTransformer(VisionTransformer):
             output_dict: bool = False,
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
-            img_size: int | None = None,
+            img_size: Size | None = None,
             keep_rate: float | None = None,
     ) -> Any:
         """Return features after several blocks, as timm's ViT does, of the active or the given subnet.
@@ -568,7 +582,7 @@ class SuperVisionTransformer(VisionTransformer):
             if stop_early and i == max_index:
                 break
         if output_fmt == 'NCHW':
-            maps = [y.transpose(1, 2).unflatten(2, (grid_size, grid_size)).contiguous() for y in maps]
+            maps = [y.transpose(1, 2).unflatten(2, grid_size).contiguous() for y in maps]
         if output_dict:
             result: dict[str, Any] = {'image_intermediates': maps}
             if return_prefix_tokens:
@@ -581,7 +595,7 @@ class SuperVisionTransformer(VisionTransformer):
             self,
             x: Tensor,
             *,
-            img_size: int | None = None,
+            img_size: Size | None = None,
             keep_rate: float | None = None,
     ) -> dict[int, Tensor]:
         """Return which patches are left after each block that drops some; the arguments are as in ``forward_features``.
@@ -656,9 +670,13 @@ def create_supervit(
     out_indices = kwargs.pop('out_indices', 3)
     largest = None
     if 'img_sizes' in kwargs:
-        largest = check_img_sizes(kwargs['img_sizes'], check_img_size(kwargs['patch_size']))[-1]
-        # timm's default for img_size is the input size of the variant, which need not be in another grid.
-        kwargs.setdefault('img_size', largest)
+        sizes = check_img_sizes(kwargs['img_sizes'], check_patch_size(kwargs['patch_size']))
+        largest, active = sizes[-1], kwargs.get('img_size')
+        # timm's default for img_size is the input size of the variant, or what a saved folder says, which need not be
+        # in another grid.
+        saved = kwargs.get('pretrained_model_args', {}).get('img_size')
+        if active is None or (active == saved and check_img_size(active) not in sizes):
+            kwargs['img_size'] = largest
     try:
         model: Any = build_model_with_cfg(
             model_cls,
@@ -679,7 +697,7 @@ def create_supervit(
             f'If the file is truncated or corrupt, download or save it again.') from error
     if largest:
         # What a loader should deliver: the largest size, from which the others are resized inside.
-        model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], largest, largest)
+        model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], *size_2d(largest))
     return model
 
 

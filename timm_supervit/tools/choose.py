@@ -70,7 +70,7 @@ def _check_one_network(files: Mapping[str, Results]) -> None:
 
 def _describe_clash(first: str, second: str, one: Row, other: Row, clashing: Sequence[str]) -> str:
     files = first if first == second else f'{first} and {second}'
-    subnet = f'subnet {one["img_size"]}:{one["keep_rate"]:g}'
+    subnet = f'subnet {subnet_of(one)}'
     settings = [f'{key}={one[key]} or {other[key]}' for key in clashing if column_of((), key).kind == 'setting']
     if settings:
         return f'{files}: {subnet} in several settings; choose: {" and ".join(settings)}'
@@ -115,8 +115,7 @@ def best_subnet(
         nearest = min(misses, key=lambda miss: miss.factor).row
         reached = _describe(table, {key: nearest[key] for key in budget}, limits=False)
         raise ValueError(
-            f'no subnet has {_describe(table, budget)}; the nearest is '
-            f'{nearest["img_size"]}:{nearest["keep_rate"]:g} with {reached}')
+            f'no subnet has {_describe(table, budget)}; the nearest is {subnet_of(nearest)} with {reached}')
     return min(fitting, key=lambda miss: (-miss.row['top1'], miss.factor, miss.row.get('macs', 0))).row
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from ..models.supervit import SuperVisionTransformer
+from ..subnets import format_size
 from .checkpoints import Checkpoint, load_checkpoint
 from .files import TEMPORARY, fill_folder
 from .fingerprint import fingerprint
@@ -130,7 +131,7 @@ def model_card(model: SuperVisionTransformer, source: str, results: Results | No
         library_name='timm', pipeline_tag='image-classification', license=config.get('license'),
         tags=['image-classification', 'timm', 'timm-supervit', 'vision-transformer', 'arxiv:2205.11397'])
     example = model.subnets[len(model.subnets) // 2]
-    sizes, rates = (', '.join(map(str, values)) for values in (model.img_sizes, model.keep_rates))
+    sizes, rates = ', '.join(map(format_size, model.img_sizes)), ', '.join(map(str, model.keep_rates))
     text = f"""
 # {markdown(source.partition(':')[2].split('/')[-1])}
 

@@ -110,10 +110,9 @@ def check_finite(logits: Sequence[Tensor], subnets: Sequence[Subnet]) -> None:
     """
     finite = torch.stack([output.isfinite().all() for output in logits]).tolist()
     if not all(finite):
-        img_size, keep_rate = subnets[finite.index(False)]
         raise RuntimeError(
-            f'subnet {img_size}:{keep_rate:g} gives logits that are not finite; check the weights, and if it ran in '
-            f'float16, take bfloat16 or float32')
+            f'subnet {subnets[finite.index(False)]} gives logits that are not finite; check the weights, and if it ran '
+            f'in float16, take bfloat16 or float32')
 
 
 def _count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..models.supervit import SuperVisionTransformer
-from ..subnets import Subnet
+from ..subnets import Subnet, format_size, size_2d
 from .files import fill_folder
 from .fixed_subnet import FixedSubnet
 from .progress import Progress, silent
@@ -84,7 +84,7 @@ def export_subnets(
 
 
 def _export(model: SuperVisionTransformer, subnet: Subnet, folder: Path, name: str, format: str) -> dict[str, Any]:
-    path = folder / f'{name}-{subnet.img_size}-{subnet.keep_rate}.{format}'
+    path = folder / f'{name}-{format_size(subnet.img_size)}-{subnet.keep_rate}.{format}'
     network = FixedSubnet(model, subnet)
     write_program(network, _example_images(model, _TRACED_BATCH_SIZE), path, format)
     return {
@@ -158,7 +158,7 @@ def load_program(path: str | os.PathLike, device: torch.device | str = 'cpu') ->
 
 def _example_images(model: SuperVisionTransformer, batch_size: int) -> Tensor:
     """Return noise in the place of normalized images [B, C, H, W] of the model's largest size, the same each time."""
-    shape = (batch_size, model.in_chans, model.img_sizes[-1], model.img_sizes[-1])
+    shape = (batch_size, model.in_chans, *size_2d(model.img_sizes[-1]))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(batch_size))
     return noise.to(next(model.parameters()).device)
 
@@ -181,9 +181,8 @@ def _compare(network: FixedSubnet, path: Path) -> dict[str, float]:
 def _describe(model: SuperVisionTransformer) -> dict[str, Any]:
     keys = ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
     config = resolve_model_data_config(model)
-    largest = model.img_sizes[-1]
     return {
-        'input': {'name': 'image', 'shape': ['batch', model.in_chans, largest, largest]},
+        'input': {'name': 'image', 'shape': ['batch', model.in_chans, *size_2d(model.img_sizes[-1])]},
         'output': {'name': 'logits', 'shape': ['batch', model.num_classes]},
         'preprocessing': {key: config[key] for key in keys},
     }

@@ -24,7 +24,7 @@ def fingerprint(model: SuperVisionTransformer, weights: bool = True) -> dict[str
     block: Any = model.blocks[0]
     return {
         'architecture': config['architecture'],
-        'img_sizes': list(model.img_sizes),
+        'img_sizes': [size if isinstance(size, int) else list(size) for size in model.img_sizes],  # as in JSON
         'drop_layers': list(model.drop_layers),
         'patch_size': model.patch_embed.patch_size[0],
         'embed_dim': model.embed_dim,

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from ..subnets import format_size, sort_sizes
 from .files import replace_file
 from .results import Row, column_of, subnet_of
 from .text import visible
@@ -42,7 +43,7 @@ def draw_operating_points(
     rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
     across, up = column_of(rows, x), column_of(rows, y)
     subnets = [subnet for row in rows if (subnet := subnet_of(row))]
-    sizes = sorted({subnet.img_size for subnet in subnets}, reverse=True)
+    sizes = sort_sizes({subnet.img_size for subnet in subnets})[::-1]
     rates = sorted({subnet.keep_rate for subnet in subnets})
     colors = {size: _COLORS[i % len(_COLORS)] for i, size in enumerate(sizes)}
     markers = {rate: _MARKERS[i % len(_MARKERS)] for i, rate in enumerate(rates)}
@@ -73,7 +74,7 @@ def draw_operating_points(
             markeredgecolor='white', markeredgewidth=1, zorder=4)
 
     entries = {
-        'Image size [px]': [Line2D([], [], color=colors[size], linewidth=3, label=str(size)) for size in sizes],
+        'Image size [px]': [Line2D([], [], color=colors[size], linewidth=3, label=format_size(size)) for size in sizes],
         'Keep rate': [_marker(markers[rate], f'{rate:g}', '#777777') for rate in rates],
         'Other networks': [_marker(marker, name, _PEER_COLOR) for name, marker in peer_markers.items()],
     }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from ..models.supervit import SuperVisionTransformer
-from ..subnets import Subnet
+from ..subnets import Subnet, size_2d
 from .export import load_program, write_program
 from .fingerprint import fingerprint
 from .fixed_subnet import FixedSubnet
@@ -140,7 +140,7 @@ def _networks(
     networks = []
     for subnet in subnets:
         row = dict(subnet._asdict(), macs=model.macs(subnet))
-        input_size = (model.in_chans, model.img_sizes[-1], model.img_sizes[-1])
+        input_size = (model.in_chans, *size_2d(model.img_sizes[-1]))
         networks.append(_Network(row, FixedSubnet(model.to(device), subnet), input_size))
     for peer in peers:
         module: Any = timm.create_model(peer).eval()

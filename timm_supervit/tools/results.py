@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..subnets import Subnet, check_img_size, check_keep_rate
+from ..subnets import Subnet, check_img_size, check_keep_rate, format_size
 from .files import fill_folder
 from .text import spreadsheet, visible
 
@@ -57,6 +57,8 @@ class Column(NamedTuple):
         """Return a value as it is shown below the heading."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return f'{value:g}' if self.digits is None else f'{value / self.scale:.{self.digits}f}'
+        if isinstance(value, tuple):
+            return format_size(value)
         return '-' if value is None else visible(str(value))
 
 
@@ -163,8 +165,8 @@ def _to_csv(rows: Iterable[Row]) -> str:
     for row in rows:
         values = (row.get(key) for key in columns)
         writer.writerow([
-            value if isinstance(value, (int, float)) else '' if value is None else spreadsheet(str(value))
-            for value in values])
+            value if isinstance(value, (int, float)) else '' if value is None else
+            spreadsheet(format_size(value) if isinstance(value, tuple) else str(value)) for value in values])
     return text.getvalue()
 
 
@@ -193,12 +195,14 @@ def _check(content: Any) -> Results:
         if not isinstance(row, dict):
             raise ValueError(f'row {i} is {reprlib.repr(row)}')
         if row.get('keep_rate') is not None:
-            check_img_size(row.get('img_size'))
+            row['img_size'] = check_img_size(row.get('img_size'))
             check_keep_rate(row['keep_rate'])
         elif not isinstance(row.get('model'), str):
             raise ValueError(f'row {i} names neither a subnet nor a model')
         for key, value in row.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
+            if isinstance(value, tuple):  # a size, checked above
+                continue
             if key in COLUMNS and COLUMNS[key].digits is not None and value is not None and not is_number:
                 raise ValueError(f'row {i}: {key} is {reprlib.repr(value)} and no number from 0')
     return Results(**content)

@@ -1,4 +1,5 @@
 """Pictures of token keeping: an image as a subnet sees it, with the patches masked that each dropping block dropped."""
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from timm.data import (
 from torch import Tensor
 
 from ..models.supervit import SuperVisionTransformer, resize_images
-from ..subnets import Subnet
+from ..subnets import Subnet, format_size
 from .evaluate import check_finite
 from .fingerprint import fingerprint
 from .pictures import save_picture
@@ -113,10 +114,10 @@ def find_kept_tokens(
     return found
 
 
-def _to_grid(patches: Tensor, grid_size: int) -> np.ndarray:
-    kept = np.zeros(grid_size ** 2, dtype=bool)
+def _to_grid(patches: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
+    kept = np.zeros(math.prod(grid_size), dtype=bool)
     kept[patches.numpy()] = True
-    return kept.reshape(grid_size, grid_size)
+    return kept.reshape(grid_size)
 
 
 def summarize(found: Sequence[KeptTokens], model: SuperVisionTransformer, name: str = '') -> Results:
@@ -151,7 +152,7 @@ def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> No
     for part, row in zip(np.ravel(figure.subfigures(len(found), 1, squeeze=False)), found, strict=True):
         part.suptitle(_caption(row), x=0.01, horizontalalignment='left', fontsize=12, fontweight='bold')
         cells = part.subplots(1, columns, squeeze=False)[0]
-        steps = {f'input, {row.subnet.img_size} px': row.image}
+        steps = {f'input, {format_size(row.subnet.img_size)} px': row.image}
         for block, kept in row.kept.items():
             steps[f'block {block}: {kept.sum()} of {kept.size}'] = _mask(row.image, kept)
         for cell in cells:
@@ -165,8 +166,9 @@ def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> No
 def _caption(row: KeptTokens) -> str:
     cost = column_of([{'macs': row.macs}], 'macs')
     return (
-        f'{row.title + ", " if row.title else ""}size {row.subnet.img_size}, keep rate {row.subnet.keep_rate:g}: '
-        f'{row.prediction} ({row.probability:.0%}) at {cost.text(row.macs)} {cost.unit}MACs')
+        f'{row.title + ", " if row.title else ""}size {format_size(row.subnet.img_size)}, '
+        f'keep rate {row.subnet.keep_rate:g}: {row.prediction} ({row.probability:.0%}) '
+        f'at {cost.text(row.macs)} {cost.unit}MACs')
 
 
 def _mask(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
