@@ -1,16 +1,16 @@
 """All subnets of a model as one network, which takes the image size and the keep rate as tensors: what export needs.
 
 What Python code decides in the model, by comparing sizes and counting tokens, is part of the graph here: the position
-embedding is cut out of a table, and each dropping block keeps a number of tokens that is known only when it runs.
+embedding is chosen by the size, and each dropping block keeps a number of tokens that is known only when it runs.
 """
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ..models.supervit import SuperVisionTransformer
+from ..subnets import format_size, size_2d
 
 __all__ = ['ElasticNetwork', 'Requirement']
 
@@ -18,7 +18,7 @@ __all__ = ['ElasticNetwork', 'Requirement']
 class Requirement(nn.Module):
     """A condition on an input of an exported program, which stops with an error where it does not hold.
 
-    ONNX has no assertions. There it is a reshape that fails, and ``name``, given to that node, is in the error.
+    ONNX has no assertions. There it is a reshape that fails, of the node that ``write_program`` gives this name.
 
     Args:
         name: What is required, in words joined by underscores.
@@ -29,7 +29,7 @@ class Requirement(nn.Module):
         self.name = name
 
     def forward(self, holds: Tensor) -> Tensor:
-        """Return at which place of ``holds`` [N], of which at most one is true, it is true [1]."""
+        """Return the place [1] of the one true value among ``holds`` [N]."""
         if torch.onnx.is_in_onnx_export():
             return holds.nonzero().reshape(1)
         torch._assert_async(holds.any(), self.name.replace('_', ' '))
@@ -47,23 +47,20 @@ class ElasticNetwork(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        sizes = [to_2tuple(size) for size in model.img_sizes]
+        sizes = [size_2d(size) for size in model.img_sizes]
         self.is_square = all(height == width for height, width in sizes)
-        patch_size = model.patch_embed.patch_size
-        grids = [(height // patch_size[0], width // patch_size[1]) for height, width in sizes]
+        self.grids = [model.grid_size(size) for size in model.img_sizes]
         lengths = [pos_embed.shape[1] for pos_embed in model.pos_embed_list]
-        # Not buffers: they stay on the CPU, where the scalars are.
+        # Not buffers: they stay on the CPU, as do the inputs that they are compared with.
         self.sizes = torch.tensor([height for height, _ in sizes] if self.is_square else sizes)
         self.table = torch.tensor([
-            (*grid, grid[0] * grid[1], sum(lengths[:i])) for i, grid in enumerate(grids)])
-        self.largest = [max(side) for side in zip(*grids, strict=True)]
-        self.num_embed_prefix_tokens = model.num_embed_prefix_tokens
-        shown = '_'.join(f'{height}' if self.is_square else f'{height}x{width}' for height, width in sizes)
-        self.img_size_requirement = Requirement(f'img_size_must_be_one_of_{shown}')
-        self.keep_rate_requirement = Requirement('keep_rate_must_be_above_0_and_at_most_1')
+            (rows, columns, rows * columns, sum(lengths[:i])) for i, (rows, columns) in enumerate(self.grids)])
+        self.img_size = Requirement(f'img_size_must_be_one_of_{"_".join(map(format_size, model.img_sizes))}')
+        self.keep_rate = Requirement('keep_rate_must_be_above_0_and_at_most_1')
 
-    def example_scalars(self) -> tuple[Tensor, Tensor]:
-        """Return an image size and a keep rate, of a subnet that drops tokens, to trace with."""
+    @property
+    def example_subnet(self) -> tuple[Tensor, Tensor]:
+        """An image size and a keep rate that drops tokens, to trace with."""
         return self.sizes[len(self.sizes) // 2].clone(), torch.tensor(0.7, dtype=torch.float64)
 
     def forward(self, image: Tensor, img_size: Tensor, keep_rate: Tensor) -> Tensor:
@@ -76,25 +73,11 @@ class ElasticNetwork(nn.Module):
         """
         model: Any = self.model
         matches = self.sizes == img_size
-        index = self.img_size_requirement(matches if self.is_square else matches.all(dim=1))
-        valid = ((keep_rate > 0) & (keep_rate <= 1)).reshape(1)
-        keep_rate = keep_rate.reshape(1).index_select(0, self.keep_rate_requirement(valid))
+        index = self.img_size(matches if self.is_square else matches.all(dim=1))
+        valid = self.keep_rate(((keep_rate > 0) & (keep_rate <= 1)).reshape(1))
+        keep_rate = keep_rate.reshape(1).index_select(0, valid)
         row = self.table.index_select(0, index).flatten()
-        height, width, num_patches, start = row.tolist()
-        for side, largest in zip((height, width), self.largest, strict=True):
-            torch._check(side >= 1)
-            torch._check(side <= largest)
-        patch_height, patch_width = model.patch_embed.patch_size
-        # As ``resize_images``, which does nothing to images of that size; so does this, up to rounding.
-        x = F.interpolate(
-            image, size=(height * patch_height, width * patch_width), mode='bilinear', align_corners=True)
-        x = model.embed_patches(x)
-        torch._check(num_patches == x.shape[1])
-        table = torch.cat(list(model.pos_embed_list), dim=1)
-        length = x.shape[1] + self.num_embed_prefix_tokens
-        torch._check(start >= 0)
-        torch._check(start + length <= table.shape[1])
-        x = model.add_positions(x, table.narrow(1, start, length))
+        x = (self._embed if torch.onnx.is_in_onnx_export() else self._embed_by_branches)(image, index, row)
         kept = row[2:3].double()
         for i, block in enumerate(model.blocks):
             if i in model.drop_layers:  # see ``keep_schedule``
@@ -106,3 +89,48 @@ class ElasticNetwork(nn.Module):
             else:
                 x = block(x)
         return model.forward_head(model.norm(x))
+
+    def _embed(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
+        """Return the tokens [B, T, D] of images in the size of a row of the table."""
+        model: Any = self.model
+        rows, columns, num_patches, start = row.tolist()
+        for side, sides in zip((rows, columns), zip(*self.grids, strict=True), strict=True):
+            torch._check(side >= 1)
+            torch._check(side <= max(sides))
+        height, width = model.patch_embed.patch_size
+        x = model.embed_patches(_resize(image, (rows * height, columns * width)))
+        length = x.shape[1] + model.num_embed_prefix_tokens
+        pos_embeds = torch.cat(list(model.pos_embed_list), dim=1)
+        torch._check(num_patches == x.shape[1])
+        torch._check(start >= 0)
+        torch._check(start + length <= pos_embeds.shape[1])
+        return model.add_positions(x, pos_embeds.narrow(1, start, length))
+
+    def _embed_by_branches(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
+        """Do the same with a branch for each size.
+
+        torch's compiler takes a convolution of images whose size is known only when it runs for one in another memory
+        format than it is, and the results would be wrong (torch 2.14).
+        """
+        model: Any = self.model
+        most = max(rows * columns for rows, columns in self.grids)
+
+        def branch(i: int) -> Any:
+            def embed(x: Tensor) -> Tensor:
+                x = model.embed_patches(_resize(x, size_2d(model.img_sizes[i])))
+                x = model.add_positions(x, model.pos_embed_list[i])
+                return F.pad(x, (0, 0, 0, most + model.num_prefix_tokens - x.shape[1])).contiguous()
+
+            if i == len(model.img_sizes) - 1:
+                return embed
+            return lambda x: torch.cond(index == i, embed, branch(i + 1), (x,))
+
+        num_patches = row[2].item()
+        torch._check(num_patches >= 1)
+        torch._check(num_patches <= most)
+        return branch(0)(image).narrow(1, 0, num_patches + model.num_prefix_tokens)
+
+
+def _resize(x: Tensor, size: Any) -> Tensor:
+    # As ``resize_images``, which leaves out what does nothing; here that would be a branch on the size of the images.
+    return F.interpolate(x, size=size, mode='bilinear', align_corners=True)
