@@ -116,13 +116,13 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(checkpoint, images, argument
     assert message in result.stderr.splitlines()[-1]
 
 
-def test_a_model_that_is_no_supervit_or_has_no_weights_is_refused(images):
+def test_a_model_that_is_no_supervit_or_has_no_weights_is_refused(checkpoint, images):
     for model, message in [
         ('vit_tiny_patch16_224', 'vit_tiny_patch16_224 is no SuperViT'),
         ('supervit_digits', 'has no pretrained weights; give trained ones with --checkpoint'),
         ('supervit_unknown', 'Unknown model'),
     ]:
-        arguments = ['--checkpoint', __file__] if model.startswith('vit') else []
+        arguments = ['--checkpoint', checkpoint] if model.startswith('vit') else []
         result = supervit('evaluate', model, '--data-dir', images, *arguments)
         assert result.exit_code == 1
         assert message in result.stderr

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import timm
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -39,7 +40,7 @@ def supervit(*arguments):
 ])
 @pytest.mark.parametrize('command', ['profile', 'convert'])
 def test_a_setting_that_does_not_exist_or_fit_is_named(tmp_path, command, setting, code, message):
-    (tmp_path / 'x.pth').touch()
+    torch.save({}, tmp_path / 'x.pth')
     arguments = {
         'profile': ['profile', 'supervit_digits', '--rounds', '2'],
         'convert': ['convert', tmp_path / 'x.pth', '--model', 'supervit_digits', '--output', tmp_path / 'hub'],

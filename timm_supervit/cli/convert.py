@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from .options import Command, create_model, setting_options, show_weights
+from .options import Command, class_names_option, load_network, setting_options
 from .stdout import echo
 
 __all__ = ['command']
@@ -11,16 +11,17 @@ __all__ = ['command']
 
 @click.command(cls=Command)
 @click.argument('file', type=click.Path(exists=True, dir_okay=False))
-@click.option('--model', required=True, metavar='NAME', help='The model that the checkpoint is of.')
+@click.option('--model', metavar='NAME', help='The model that the checkpoint is of, if it does not say so itself.')
 @click.option('--output', required=True, type=click.Path(file_okay=False), metavar='DIR', help='Folder to write.')
 @click.option('--push', metavar='REPO', help='Upload the folder to this repository, USER/NAME, as who is logged in.')
 @click.option(
     '--results', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
     help='Results of "supervit evaluate" or "profile", for the model card.')
 @setting_options
+@class_names_option
 def command(
         file: str,
-        model: str,
+        model: str | None,
         output: str,
         push: str | None,
         results: str | None,
@@ -29,28 +30,31 @@ def command(
 ) -> None:
     """Turn a checkpoint FILE into a model folder for the Hugging Face Hub.
 
-    FILE is a checkpoint of the official SuperViT code or of timm's train.py. The folder holds the weights in the
-    safetensors format, the settings and a model card; timm.create_model('local-dir:DIR', pretrained=True) reads it.
+    FILE is a checkpoint of timm's train.py, which knows its model, settings and classes, or of the official SuperViT
+    code. The folder holds the weights in the safetensors format, the settings, the names of the classes and a model
+    card; timm.create_model('local-dir:DIR', pretrained=True) reads it.
     A file that is more than weights, and so could run code, is refused. A folder that this command wrote is replaced,
     unless it was changed since.
 
     \b
     Example:
-      supervit convert output/train/model_best.pth.tar --model supervit_small \\
-          --results results/evaluate.json --output supervit_small
+      supervit convert output/train/model_best.pth.tar --results results/evaluate.json \\
+          --output supervit_small
     """
-    from ..tools.convert import convert_checkpoint, push_folder
+    from ..tools.convert import check_repo_id, convert_checkpoint, push_folder
     from ..tools.results import load_results
 
-    checkpoint = convert_checkpoint(
+    if push is not None:
+        check_repo_id(push)
+    network = load_network(model, file, use_ema, **settings)
+    convert_checkpoint(
         file,
-        create_model(model, pretrained=False, **settings),
+        network.model,
         output,
         results=load_results(results) if results else None,
         use_ema=use_ema,
         repo_id=push,
     )
-    show_weights(file, checkpoint)
     address = None if push is None else push_folder(output, push)  # before the first line, which can fail
     echo(output)
     if address:

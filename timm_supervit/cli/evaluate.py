@@ -39,12 +39,14 @@ def command(
 ) -> None:
     """Evaluate all subnets of MODEL in one pass over a data set.
 
+    MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
+
     Prints top-1 and top-5 accuracy and the multiply-accumulates of each subnet. --output writes evaluate.json,
     evaluate.csv and evaluate.png. Ctrl-C prints what was counted so far, writes it as evaluate-partial and exits
     with 130.
 
     \b
-    supervit evaluate supervit_small --checkpoint model_best.pth.tar --data-dir imagenet --output results
+    supervit evaluate model_best.pth.tar --data-dir imagenet --output results
     torchrun --nproc-per-node 4 --no-python supervit evaluate supervit_small --data-dir imagenet
     """
     import torch
@@ -63,7 +65,8 @@ def command(
     if output:
         check_output_folder(output)
     images = open_dataset(data_dir, dataset, split)
-    model = options.create_model(**model_options)
+    network = options.load_network(**model_options, name_classes=False)
+    model = network.model
     torch.backends.cuda.matmul.allow_tf32 = True  # as validate.py
     setup = argparse.Namespace(device=options.resolve_device(device))
     init_distributed_device(setup)
@@ -74,7 +77,7 @@ def command(
             model.to(setup.device),
             loader,
             subnets or None,
-            name=model_options['model'],
+            name=network.name,
             amp_dtype=getattr(torch, amp_dtype) if amp else None,
             skip_bad_images=skip_bad_images,
             progress=track if is_primary(setup) else silent,
@@ -85,9 +88,9 @@ def command(
     if not is_primary(setup):
         return
     results.info |= {
-        'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': model_options['checkpoint'],
+        'data_dir': data_dir, 'dataset': dataset, 'split': split, 'checkpoint': network.path,
         'device': setup.device, 'precision': amp_dtype if amp else 'float32'}
-    results.network['weights_kind'] = options.weights_kind(**model_options)
+    results.network['weights_kind'] = network.weights_kind
     saved = ''
     if output:
         with fill_folder(output) as folder:  # all of it or nothing

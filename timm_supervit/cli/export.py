@@ -4,13 +4,22 @@ from typing import Any
 import click
 
 from ..subnets import Subnet
-from .options import Command, create_model, device_option, model_options, resolve_device, subnet_option
+from .options import (
+    Command,
+    class_names_option,
+    create_model,
+    device_option,
+    model_options,
+    resolve_device,
+    subnet_option,
+)
 
 __all__ = ['command']
 
 
 @click.command(cls=Command)
 @model_options
+@class_names_option
 @click.option('--format', type=click.Choice(['onnx', 'pt2']), required=True, help='Format of the files.')
 @subnet_option
 @click.option('--all', 'every', is_flag=True, help='Export all subnets, as without --subnet.')
@@ -27,14 +36,14 @@ def command(
 ) -> None:
     """Write subnets of MODEL as files that run without this package.
 
+    MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
     There is one file for each subnet and a manifest with their sizes, rates, MACs and SHA-256. A file takes a batch of
     any number of images of the model's largest size; the resizing is inside. Each file is loaded again and compared
     with the model before any is put into the folder. A pt2 program runs on the device that it was exported on.
 
     \b
     Example:
-      supervit export supervit_small --checkpoint model_best.pth.tar \\
-          --format onnx --subnet 160:0.7 --subnet 224:1.0 --output exported
+      supervit export model_best.pth.tar --format onnx --subnet 160:0.7 --subnet 224:1.0 --output exported
     """
     if subnets and every:
         raise click.UsageError('--subnet and --all exclude each other; leave one out.')

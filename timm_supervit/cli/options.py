@@ -6,12 +6,9 @@ names is complete.
 """
 import argparse
 import contextlib
-import difflib
-import inspect
 import pickle
 import signal
 import threading
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,19 +22,19 @@ __all__ = [
     'INTERRUPTED',
     'Command',
     'amp_options',
+    'class_names_option',
     'create_model',
     'device_option',
+    'load_network',
     'model_options',
     'output_option',
     'resolve_device',
     'setting_options',
     'show_weights',
     'subnet_option',
-    'weights_kind',
 ]
 
 INTERRUPTED = 130
-_WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number'}
 _EXTRA = {'click', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'rich', 'sklearn'}
 
 
@@ -138,11 +135,15 @@ setting_options = _chain(
         '--model-kwargs', multiple=True, metavar='KEY=VALUE ...', help='Settings of the model, as in timm\'s scripts.',
         callback=lambda ctx, param, pairs: _check_pairs(pairs)),
 )
+class_names_option = click.option(
+    '--class-names', type=click.Path(exists=True), metavar='PATH',
+    help='Where the names of the classes are: a folder for each, or a text file of one on each line (default: what a '
+         'checkpoint was trained on).')
 model_options = _chain(
     click.argument('model'),
     click.option(
         '--checkpoint', type=click.Path(exists=True, dir_okay=False), metavar='PATH',
-        help='Weights to load (default: the pretrained ones, if there are).'),
+        help='Weights to load, if MODEL is a name (default: the pretrained ones, if there are).'),
     setting_options,
 )
 device_option = click.option(
@@ -159,81 +160,54 @@ output_option = click.option(
     '--output', type=click.Path(file_okay=False), metavar='DIR', help='Folder to write JSON, CSV and picture to.')
 
 
-def create_model(
-        model: str,
+def load_network(
+        model: str | None,
         checkpoint: str | None = None,
         use_ema: bool = False,
         num_classes: int | None = None,
         model_kwargs: tuple[str, ...] = (),
-        pretrained: bool = True,
+        **kwargs: Any,
 ) -> Any:
-    """Create the SuperViT that ``model_options`` describe, in evaluation mode on the CPU; say which weights it has.
+    """Load the SuperViT that ``model_options`` describe, and say which weights it has; see ``tools/networks.py``.
 
     Args:
-        model: Name, as for ``timm.create_model``.
+        model: Name, or the path of a checkpoint.
         checkpoint: Weights to load.
         use_ema: Take the averaged weights of the checkpoint.
         num_classes: Number of classes (default: the model's own).
         model_kwargs: Settings of the model, each ``KEY=VALUE``.
-        pretrained: Without a checkpoint, load the model's pretrained weights.
+        **kwargs: Further arguments of ``tools.networks.load_network``.
 
     Raises:
         click.UsageError: If there is no such setting, or it is given twice.
-        ModuleNotFoundError: If the model needs a package that is missing.
-        RuntimeError: If the weights cannot be read or do not fit.
-        ValueError: If it is no SuperViT, or cannot be created with these settings.
     """
-    import timm
     from timm.utils import ParseKwargs
 
-    from ..models.supervit import SuperVisionTransformer
-    from ..tools.checkpoints import load_checkpoint
+    from ..tools import networks
 
-    if pretrained and not checkpoint and timm.is_model(model) and not timm.models.is_model_pretrained(model):
-        raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
     if num_classes is not None:
         model_kwargs = _check_pairs((*model_kwargs, f'num_classes={num_classes}'))
-    given = ' '.join(model_kwargs)
+    namespace = argparse.Namespace()
     try:
-        namespace = argparse.Namespace()
         ParseKwargs([], 'model_kwargs')(argparse.ArgumentParser(), namespace, model_kwargs)
-        _check_settings(namespace.model_kwargs)
-        network = timm.create_model(model, pretrained=pretrained and not checkpoint, **namespace.model_kwargs)
-    except (click.UsageError, ImportError):
-        raise
-    except Exception as error:  # what settings and files of any content raise can be of any kind
-        raise ValueError(f'{model} cannot be created{" with " * bool(given)}{given}: {_reason(error)}') from error
-    if not isinstance(network, SuperVisionTransformer):
-        raise ValueError(f'{model} is no SuperViT; timm.list_models("supervit*") lists those that are')
-    if checkpoint:
-        show_weights(checkpoint, load_checkpoint(network, checkpoint, use_ema))
-    return network.eval()
+    except Exception as error:  # a value that is nested too deeply, for instance
+        raise ValueError(
+            f'{model} cannot be created with {" ".join(model_kwargs)}: {type(error).__name__}: {error}') from error
+    try:
+        networks.check_settings(namespace.model_kwargs)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint='--model-kwargs') from error
+    network = networks.load_network(model, checkpoint, use_ema, namespace.model_kwargs, **kwargs)
+    if network.path and network.checkpoint:
+        show_weights(network.path, network.checkpoint)
+    if network.unnamed:
+        _show(f'Classes: without names, since {network.unnamed}; --class-names says where they are')
+    return network
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings that no SuperViT has, and words where numbers, True or False belong; "false" would be true."""
-    from ..models.lvvit import SuperLVViT
-
-    known: dict[str, inspect.Parameter] = {}
-    for cls in reversed(SuperLVViT.__mro__[:-1]):  # it, the other SuperViTs and timm's ViT; not ``object``
-        known |= inspect.signature(cls).parameters
-    names = known.keys() - {'args', 'kwargs'}
-    for name, value in settings.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            remedy = f'did you mean {near[0]}?' if near else f'it has {", ".join(sorted(names))}'
-            raise click.BadParameter(f'SuperViT has no setting {name!r}; {remedy}', param_hint='--model-kwargs')
-        wanted = _WORDS.get(type(known[name].default))
-        if wanted and isinstance(value, str):
-            raise click.BadParameter(f'{name}={value} should be {wanted}', param_hint='--model-kwargs')
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, AssertionError) and not str(error):  # the condition says what would have been right
-        return str(traceback.extract_tb(error.__traceback__)[-1].line)
-    text = ' '.join(str(error).split())[:300]
-    clear = isinstance(error, (AssertionError, OSError, RuntimeError)) or type(error) is ValueError
-    return text if clear and text else f'{type(error).__name__}: {text}'
+def create_model(*args: Any, **kwargs: Any) -> Any:
+    """Return the model of ``load_network``."""
+    return load_network(*args, **kwargs).model
 
 
 def show_weights(path: str, checkpoint: Any) -> None:
@@ -247,6 +221,10 @@ def show_weights(path: str, checkpoint: Any) -> None:
     others = [entry for entry in checkpoint.others if entry.endswith('_ema') != averaged]
     also = f' (it also has {others[0]}; {"leaving out " * averaged}--use-ema reads that)' if others else ''
     line = f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}'
+    _show(line)
+
+
+def _show(line: str) -> None:
     with contextlib.suppress(OSError):  # results matter more than this line to a reader who has gone
         click.echo(visible(line), err=True)
 
@@ -263,8 +241,3 @@ def resolve_device(device: str | None) -> str:
     if not torch.cuda.is_available() and torch.device(device or 'cpu').type == 'cuda':
         raise ValueError(f'--device {device}: torch finds no CUDA device; leave it out or use cpu')
     return device or ('cuda' if torch.cuda.is_available() else 'cpu')
-
-
-def weights_kind(checkpoint: str | None, use_ema: bool, **settings: Any) -> str:
-    """Return which weights ``create_model`` takes: ``pretrained``, or the ``raw`` or ``averaged`` ones of a file."""
-    return 'averaged' if checkpoint and use_ema else 'raw' if checkpoint else 'pretrained'

@@ -9,8 +9,8 @@ from .options import (
     INTERRUPTED,
     Command,
     amp_options,
-    create_model,
     device_option,
+    load_network,
     model_options,
     output_option,
     resolve_device,
@@ -59,7 +59,8 @@ def command(
 ) -> None:
     """Measure what the subnets of MODEL cost: MACs, latency, throughput and peak memory.
 
-    Without --checkpoint the weights are random, which costs the same. All networks are measured in the same rounds, in
+    MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
+    Without a checkpoint the weights are random, which costs the same. All networks are measured in the same rounds, in
     a new order each time. Latency is the median of a batch, and its 90th percentile and interquartile range; images
     come in the largest size, so resizing is part of it. Peak memory is the weights and what one call allocates; on a
     CPU through torch's allocator alone, and for onnx it is not measured. --output writes profile.json, profile.csv and
@@ -84,10 +85,12 @@ def command(
 
     if output:
         check_output_folder(output)
+    network = load_network(model, pretrained=False, name_classes=False, **settings)
+    name = network.name
     results = profile(
-        create_model(model, pretrained=False, **settings),
+        network.model,
         subnets or None,
-        model,
+        name,
         peers,
         batch_sizes,
         precisions or ((amp_dtype,) if amp else ('float32',)),
@@ -107,7 +110,7 @@ def command(
             for setting, rows in by_setting.items():
                 suffix = '-' + setting.replace(', ', '-').replace(' ', '-') if len(by_setting) > 1 else ''
                 draw_operating_points(
-                    rows, f'{path.with_suffix("")}{suffix}.png', y='latency_ms', title=f'{model}, {setting}{mark}')
+                    rows, f'{path.with_suffix("")}{suffix}.png', y='latency_ms', title=f'{name}, {setting}{mark}')
         saved = f'; saved as {Path(output) / path.name}'
     if results.partial:
         echo(f'PARTIAL: interrupted after {results.info["rounds"]} of {rounds} rounds{saved}.')
@@ -115,7 +118,7 @@ def command(
     compared: dict[str, dict[str, Any]] = {}
     for setting, rows in by_setting.items():
         shown = [{**row, 'network': _network(row)} for row in rows]
-        print_table(list_table(shown, ['network', *columns], title=f'{model}, {setting}'))
+        print_table(list_table(shown, ['network', *columns], title=f'{name}, {setting}'))
         for row in shown:
             compared.setdefault(row['network'], {'network': row['network']})[setting] = row['latency_ms']
     if len(by_setting) > 1:

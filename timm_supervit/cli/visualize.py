@@ -7,12 +7,12 @@ import click
 from ..subnets import Subnet
 from .options import (
     Command,
-    create_model,
+    class_names_option,
     device_option,
+    load_network,
     model_options,
     resolve_device,
     subnet_option,
-    weights_kind,
 )
 
 __all__ = ['command']
@@ -20,6 +20,7 @@ __all__ = ['command']
 
 @click.command(cls=Command)
 @model_options
+@class_names_option
 @click.argument('images', nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False), metavar='IMAGE...')
 @subnet_option
 @click.option('--output', type=click.Path(file_okay=False), metavar='DIR', required=True, help='Folder to write to.')
@@ -34,13 +35,15 @@ def command(
 ) -> None:
     """Draw which patches of each IMAGE the subnets of MODEL keep.
 
+    MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
+
     The picture has one row for each image and subnet: the image at the subnet's size, then what is left of it after
     each block that drops tokens; above it the prediction and the cost. --output gets visualize.png, and the
     predictions as visualize.json and visualize.csv.
 
     \b
     Example:
-      supervit visualize supervit_small --checkpoint model_best.pth.tar photo.jpg \\
+      supervit visualize model_best.pth.tar photo.jpg \\
           --subnet 224:0.7 --subnet 128:0.5 --output pictures
     """
     from ..tools.files import check_output_folder, fill_folder
@@ -49,12 +52,14 @@ def command(
     from .tables import list_table, print_table
 
     check_output_folder(output)
-    network = create_model(model, **settings).to(resolve_device(device))
+    network = load_network(model, **settings)
+    supervit = network.model.to(resolve_device(device))
     found = []
     for path in images:
-        found += find_kept_tokens(network, read_image(path, network), subnets or network.subnets, Path(path).stem)
-    results = summarize(found, network, model)
-    results.network['weights_kind'] = weights_kind(**settings)
+        found += find_kept_tokens(
+            supervit, read_image(path, supervit), subnets or supervit.subnets, Path(path).stem)
+    results = summarize(found, supervit, network.name)
+    results.network['weights_kind'] = network.weights_kind
     with fill_folder(output) as folder:  # all of it or nothing
         save_results(results, folder, 'visualize')
         draw_kept_tokens(found, folder / 'visualize.png')

@@ -34,11 +34,18 @@ class Checkpoint(NamedTuple):
         state_dict: The weights.
         entry: The entry of the file that they are: ``model``, ``model_ema``, ...; empty for a bare state dict.
         others: The file's other entries of weights.
+        args: The arguments of the script that trained it; empty where the file holds none.
     """
 
     state_dict: dict[str, Tensor]
     entry: str
     others: tuple[str, ...]
+    args: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Which weights they are, ``raw`` or ``averaged``."""
+        return 'averaged' if self.entry in _AVERAGED else 'raw'
 
 
 def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> Checkpoint:
@@ -68,7 +75,10 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> Checkpoin
         raise CheckpointError(
             f'{path} was refused: {f"its entry {entry!r}" if entry else "it"} should be a state dict, which maps names '
             f'to tensors, and holds {odd[0]}. {_REMEDY}')
-    return Checkpoint(clean_state_dict(weights), entry, tuple(key for key in entries if key != entry))
+    args = content.get('args') if entry else None
+    return Checkpoint(
+        clean_state_dict(weights), entry, tuple(key for key in entries if key != entry),
+        vars(args) if isinstance(args, argparse.Namespace) else {})
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False) -> Checkpoint:

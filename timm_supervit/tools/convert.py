@@ -5,7 +5,7 @@ The folder holds ``model.safetensors``, ``config.json`` and a model card.
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
@@ -20,7 +20,7 @@ from .fingerprint import fingerprint
 from .results import Results, column_of, difference, subnet_of
 from .text import markdown
 
-__all__ = ['convert_checkpoint', 'model_card', 'push_folder']
+__all__ = ['check_repo_id', 'convert_checkpoint', 'model_card', 'push_folder']
 
 FILES = {'README.md', 'config.json', 'model.safetensors'}  # what a converted folder holds
 
@@ -58,7 +58,7 @@ def convert_checkpoint(
         ValueError: If the results are those of another model or of an interrupted run, or the repository is none.
     """
     if repo_id is not None:
-        _check_repo_id(repo_id)
+        check_repo_id(repo_id)
     output_dir = Path(output_dir)
     with fill_folder(output_dir) as folder:
         _check_replaceable(output_dir)
@@ -69,7 +69,11 @@ def convert_checkpoint(
                 f'these results are of another network than {path}: {found}; evaluate the checkpoint itself')
         try:
             # The tag of the variant names where its default weights come from, which are not these.
-            save_for_hf(model, str(folder), model_config={'pretrained_cfg': {'tag': ''}}, safe_serialization=True)
+            config: Any = {'pretrained_cfg': {'tag': ''}}
+            names = cast(dict[str, Any], model.pretrained_cfg).get('label_names')
+            if names and len(names) == model.num_classes:
+                config['label_names'] = names
+            save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
             card.save(folder / 'README.md')
             content = (folder / 'README.md').read_bytes()
             (folder / 'README.md').write_bytes(content + _SEAL % _checksum(folder, content))
@@ -78,7 +82,8 @@ def convert_checkpoint(
     return checkpoint
 
 
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
+    """Raise a ValueError if this is no name of a repository, ``user/name``."""
     try:
         validate_repo_id(repo_id)
         if '/' not in repo_id:

@@ -8,17 +8,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import (
-    CustomDatasetInfo,
-    ImageNetInfo,
-    create_transform,
-    infer_imagenet_subset,
-    resolve_model_data_config,
-)
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet, format_size
+from .class_names import class_names
 from .evaluate import check_finite
 from .fingerprint import fingerprint
 from .pictures import save_picture
@@ -67,14 +62,8 @@ def read_image(path: str | os.PathLike, model: SuperVisionTransformer) -> Tensor
 
 def class_name(model: SuperVisionTransformer, index: int) -> str:
     """Return the name of a class: the model's own, or ImageNet's where the number of classes is one of its subsets'."""
-    config: Any = model.pretrained_cfg
-    if config.get('label_names'):
-        info: Any = CustomDatasetInfo(config['label_names'], config.get('label_descriptions'))
-    elif subset := infer_imagenet_subset(model):
-        info = ImageNetInfo(subset)
-    else:
-        return f'class {index}'
-    return info.index_to_description(index).split(',')[0]
+    names = class_names(model)
+    return names[index] if names else f'class {index}'
 
 
 @torch.inference_mode()
