@@ -115,20 +115,24 @@ class ElasticNetwork(nn.Module):
         model: Any = self.model
         most = max(rows * columns for rows, columns in self.grids)
 
-        def branch(i: int) -> Any:
-            def embed(x: Tensor) -> Tensor:
+        length = most + model.num_prefix_tokens
+
+        def nothing(x: Tensor) -> Tensor:
+            return x.new_zeros(x.shape[0], length, model.embed_dim)
+
+        def embed(i: int) -> Any:
+            def embed_in_size(x: Tensor) -> Tensor:
                 x = model.embed_patches(_resize(x, size_2d(model.img_sizes[i])))
                 x = model.add_positions(x, model.pos_embed_list[i])
-                return F.pad(x, (0, 0, 0, most + model.num_prefix_tokens - x.shape[1])).contiguous()
+                return F.pad(x, (0, 0, 0, length - x.shape[1])).contiguous()
 
-            if i == len(model.img_sizes) - 1:
-                return embed
-            return lambda x: torch.cond(index == i, embed, branch(i + 1), (x,))
+            return embed_in_size
 
+        x = sum(torch.cond(index == i, embed(i), nothing, (image,)) for i in range(len(model.img_sizes)))
         num_patches = row[2].item()
         torch._check(num_patches >= 1)
         torch._check(num_patches <= most)
-        return branch(0)(image).narrow(1, 0, num_patches + model.num_prefix_tokens)
+        return x.narrow(1, 0, num_patches + model.num_prefix_tokens)
 
 
 def _resize(x: Tensor, size: Any) -> Tensor:

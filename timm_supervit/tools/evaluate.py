@@ -15,7 +15,7 @@ from .fingerprint import fingerprint
 from .progress import Progress, silent
 from .results import Results
 
-__all__ = ['check_finite', 'evaluate']
+__all__ = ['bad_images', 'check_finite', 'count_hits', 'evaluate']
 
 
 def evaluate(
@@ -65,11 +65,11 @@ def evaluate(
     try:
         for images, target in progress(loader, 'Evaluating'):
             target = target if limit is None else target[:max(0, limit - seen)]
-            bad = _bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
+            bad = bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
             with torch.inference_mode(), autocast:
                 logits = [output[:len(target)] for output in model.forward_subnets(images, chosen)]
             check_finite(logits, chosen)
-            hits = _count_hits(logits, target)
+            hits = count_hits(logits, target)
             # In one go, so that an interrupt finds a whole number of batches.
             correct, seen, skipped = correct + hits, seen + len(target), skipped + bad
     except KeyboardInterrupt:
@@ -115,7 +115,7 @@ def check_finite(logits: Sequence[Tensor], subnets: Sequence[Subnet]) -> None:
             f'in float16, take bfloat16 or float32')
 
 
-def _count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
+def count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     """Return how many targets [B] are the first, and among the first five, of each subnet's logits [B, classes]."""
     counts = []
     for output in logits:
@@ -124,7 +124,7 @@ def _count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     return torch.stack(counts)
 
 
-def _bad_images(target: Tensor, num_classes: int, dataset: Any, skip: bool) -> list[str]:
+def bad_images(target: Tensor, num_classes: int, dataset: Any, skip: bool) -> list[str]:
     """Return the names of the images of a batch that could not be read, or raise what is wrong with them."""
     faulty = target[(target < 0) | (target >= num_classes)].tolist()
     if faulty and not (isinstance(dataset, ReadableImages) and max(faulty) < 0):

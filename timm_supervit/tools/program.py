@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..subnets import Size, Subnet, check_img_size, check_keep_rate, format_size
+from ..subnets import Size, Subnet, check_img_size, check_keep_rate, format_size, size_2d
 
-__all__ = ['FACTS', 'Program', 'is_program', 'load_program', 'manifest_path']
+__all__ = ['FACTS', 'Program', 'is_program', 'load_program', 'manifest_path', 'open_session']
 
 FACTS = 'timm_supervit'  # under which name a file holds what it says about itself, as JSON
 
@@ -70,27 +70,30 @@ class Program:
         device: Device that it runs on.
     """
 
-    def __init__(self, path: Path, facts: str | None, device: torch.device) -> None:
+    def __init__(self, path: Path, content: str | None, device: torch.device) -> None:
         self.path = path
         self.device = device
         try:
-            self.facts: dict[str, Any] = facts = json.loads(facts or '')
+            self.facts: dict[str, Any] = json.loads(content or '')
+            facts = self.facts
             rows = facts['subnets']
             self._macs = {Subnet(check_img_size(row['img_size']), row['keep_rate']): row['macs'] for row in rows}
             self.subnet = Subnet(check_img_size(facts['subnet']['img_size']), facts['subnet']['keep_rate'])
+            self.img_sizes = tuple(check_img_size(size) for size in facts['img_sizes'])
             self.name: str = facts['model']
             self.is_elastic: bool = 'img_size' in facts['inputs']
             self.in_chans: int = facts['inputs']['image']['shape'][1]
             self.num_classes: int = facts['outputs']['logits']['shape'][1]
             self.class_names: list[str] | None = facts['class_names']
-            self.pretrained_cfg: dict[str, Any] = facts['preprocessing']
+            self.pretrained_cfg: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in facts['preprocessing'].items()}
             self.network: dict[str, Any] = facts['network']
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f'{path} does not say what network it holds and how to prepare images for it; '
                 f'give a file that "supervit export" wrote') from error
         self.subnets = list(self._macs)
-        self.img_sizes = tuple(dict.fromkeys(check_img_size(size) for size in facts['img_sizes']))
 
     def macs(self, subnet: tuple[Size, float]) -> int:
         """Return the multiply-accumulates of one of ``subnets`` for one image.
@@ -115,50 +118,44 @@ class Program:
         Raises:
             ValueError: If the file has no such subnet.
         """
-        size = self.subnet.img_size if img_size is None else check_img_size(img_size)
-        subnet = Subnet(size, self.subnet.keep_rate if keep_rate is None else check_keep_rate(keep_rate))
-        if size not in self.img_sizes or not (self.is_elastic or subnet == self.subnet):
+        subnet = Subnet(
+            self.subnet.img_size if img_size is None else check_img_size(img_size),
+            self.subnet.keep_rate if keep_rate is None else check_keep_rate(keep_rate))
+        if subnet.img_size not in self.img_sizes or not (self.is_elastic or subnet == self.subnet):
             sizes = ', '.join(map(format_size, self.img_sizes))
             raise ValueError(f'{self.path} has no subnet {subnet}; it runs '
                              + (f'the image sizes {sizes} at any keep rate' if self.is_elastic else f'{self.subnet}'))
-        scalars = (torch.tensor(size), torch.tensor(subnet.keep_rate, dtype=torch.float64))
-        if self.is_elastic and len(self.facts['inputs']['img_size']['shape']):
-            scalars = (scalars[0].expand(2) if isinstance(size, int) else scalars[0], scalars[1])
-        return self._run(images, *scalars[:2 if self.is_elastic else 0])
+        return self._run(*self._inputs(images, subnet))
+
+    def named_inputs(self, images: Tensor, subnet: Subnet) -> dict[str, Any]:
+        """Return the inputs of a call by their names, as arrays, for runtimes that take them so."""
+        values = [value.cpu().numpy() for value in self._inputs(images, subnet)]
+        return dict(zip(self.facts['inputs'], values, strict=True))
+
+    def _inputs(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+        if not self.is_elastic:
+            return [images]
+        is_pair = bool(self.facts['inputs']['img_size']['shape'])
+        img_size = torch.tensor(size_2d(subnet.img_size) if is_pair else subnet.img_size)
+        return [images, img_size, torch.tensor(subnet.keep_rate, dtype=torch.float64)]
 
     def forward_subnets(self, images: Tensor, subnets: Sequence[tuple[Size, float]]) -> list[Tensor]:
         """Return the logits [B, num_classes] of several subnets on one batch."""
         return [self(images, *subnet) for subnet in subnets]
 
-    def _run(self, images: Tensor, *scalars: Tensor) -> Tensor:
+    def _run(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 class _OnnxProgram(Program):
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        import onnxruntime
-
-        provider = f'{device.type.upper()}ExecutionProvider'
-        if provider not in onnxruntime.get_available_providers():
-            raise RuntimeError(
-                f'this onnxruntime has no {provider}, only {", ".join(onnxruntime.get_available_providers())}; '
-                f'install the onnxruntime package for {device} or use device cpu')
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # what goes wrong is raised, too
-        try:
-            self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=[provider])
-        except Exception as error:  # its kinds have no class in common
-            raise RuntimeError(
-                f'{path} cannot be run by onnxruntime {onnxruntime.__version__} ({" ".join(str(error).split())[:300]}); '
-                f'if it is of a newer opset or onnxruntime, update this one, else export it again') from error
+        self.session = open_session(path, device)
         super().__init__(path, self.session.get_modelmeta().custom_metadata_map.get(FACTS), device)
 
-    def _run(self, images: Tensor, *scalars: Tensor) -> Tensor:
-        names = [value.name for value in self.session.get_inputs()]
-        values = [value.cpu().numpy() for value in (images, *scalars)]
-        return torch.from_numpy(self.session.run(None, dict(zip(names, values, strict=True)))[0]).to(self.device)
+    def _run(self, *inputs: Tensor) -> Tensor:
+        values = [value.cpu().numpy() for value in inputs]
+        return torch.from_numpy(self.session.run(None, dict(zip(self.facts['inputs'], values, strict=True)))[0])
 
 
 class _Pt2Program(Program):
@@ -174,8 +171,32 @@ class _Pt2Program(Program):
         super().__init__(path, facts[f'{FACTS}.json'], device)
 
     @torch.no_grad()
-    def _run(self, images: Tensor, *scalars: Tensor) -> Tensor:
-        return self.module(images, *scalars)
+    def _run(self, *inputs: Tensor) -> Tensor:
+        return self.module(*inputs)
+
+
+def open_session(path: str | os.PathLike, device: torch.device | str = 'cpu') -> Any:
+    """Return onnxruntime's session of an ONNX file, with as many threads as torch has.
+
+    Raises:
+        RuntimeError: If this onnxruntime cannot run on the device, or cannot run the file.
+    """
+    import onnxruntime
+
+    provider = f'{torch.device(device).type.upper()}ExecutionProvider'
+    if provider not in onnxruntime.get_available_providers():
+        raise RuntimeError(
+            f'this onnxruntime has no {provider}, only {", ".join(onnxruntime.get_available_providers())}; '
+            f'install the onnxruntime package for {device} or use device cpu')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what goes wrong is raised, too
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=[provider])
+    except Exception as error:  # its kinds have no class in common
+        raise RuntimeError(
+            f'{path} cannot be run by onnxruntime {onnxruntime.__version__} ({" ".join(str(error).split())[:300]}); '
+            f'if it is of a newer opset or onnxruntime, update this one, else export it again') from error
 
 
 def _check_sum(path: Path) -> None:
