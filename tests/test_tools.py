@@ -141,7 +141,7 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     ('{"img_size": "12", "keep_rate": 1}', "img_size '12'"),
     ('{"img_size": 12, "keep_rate": "all"}', "keep_rate 'all'"),
     ('{"img_size": 12, "keep_rate": NaN}', 'keep_rate nan'),
-    ('{"img_size": 12}', 'row 0 names neither a subnet nor a model'),
+    ('{"img_size": 12}', 'row 0 names neither a subnet nor a cascade nor a model'),
     ('{"img_size": 12, "keep_rate": 1, "top1": NaN}', 'row 0: top1 is nan'),
     ('{"img_size": 12, "keep_rate": 1, "macs": 1e999}', 'row 0: macs is inf'),
     ('{"img_size": 12, "keep_rate": 1, "macs": "many"}', "row 0: macs is 'many'"),

@@ -4,10 +4,12 @@ from typing import Any
 
 from .registration import install_hooks
 
-__all__ = ['LabelMapDataset', 'Subnet', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer', 'TokenLabelTask']
+__all__ = [
+    'Cascade', 'LabelMapDataset', 'Subnet', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer', 'TokenLabelTask']
 
 # Where each public name lives. They are imported on first use (PEP 562), since this package is imported with torch.
 _NAMES = {
+    'Cascade': '.cascade',
     'LabelMapDataset': '.label_maps',
     'Subnet': '.subnets',
     'SuperLVViT': '.models.lvvit',

@@ -1,4 +1,5 @@
 """The command ``supervit``: one subcommand for each tool, each in a file of its own, imported when it is called."""
+import difflib
 import importlib
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ _COMMANDS = {
     'evaluate': 'Measure the accuracy of every subnet in one pass over a data set.',
     'profile': 'Measure what each subnet costs: MACs, latency, throughput and memory.',
     'choose': 'Choose the most accurate subnet that fits a budget.',
+    'cascade': 'Let easy images stop at a cheap subnet: find the stages and when to stop.',
     'visualize': 'Draw which patches of an image each subnet keeps.',
     'export': 'Write subnets as ONNX files or torch.export programs, checked against the model.',
     'convert': 'Turn a checkpoint into a model folder for the Hugging Face Hub.',
@@ -33,6 +35,12 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return importlib.import_module(f'{__name__}.{name}').command if name in _COMMANDS else None
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        near = difflib.get_close_matches(args[0], _COMMANDS, 1)
+        if near and args[0] not in _COMMANDS:
+            ctx.fail(f'No such command {args[0]!r}. Did you mean {near[0]!r}?')
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -45,8 +53,13 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 100})
+@click.group(
+    cls=_Commands, invoke_without_command=True,
+    context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 100})
 @click.version_option(package_name='timm-supervit')
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Super vision transformers: one network, many costs."""
     escape_unencodable()
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

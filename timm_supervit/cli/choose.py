@@ -1,34 +1,19 @@
 """``supervit choose``: the subnet for a budget, from saved results."""
-import ast
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
-def _parse_where(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
-    where: dict[str, object] = {}
-    for value in values:
-        key, equals, text = value.partition('=')
-        if not equals:
-            raise click.BadParameter(f'{value!r} is not KEY=VALUE, as in batch_size=1', ctx, param)
-        try:
-            where[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            where[key] = text
-    return where
-
-
+@options.json_option
 @click.command(cls=options.Command)
 @click.argument('results', nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option('--latency-ms', type=float, metavar='MS', help='Median latency of a batch, at most.')
 @click.option('--macs', type=float, metavar='N', help='Multiply-accumulates for one image, at most, as in 2.5e9.')
 @click.option('--throughput', type=float, metavar='N', help='Images per second, at least.')
-@click.option(
-    '--where', multiple=True, metavar='KEY=VALUE', callback=_parse_where,
-    help='Which of several settings of the profile counts, as in batch_size=1; may be repeated.')
+@options.where_option
 @options.output_option
 def command(
         results: tuple[str, ...],
@@ -57,10 +42,12 @@ def command(
     front = pareto_front(rows, cost)
     columns = ['img_size', 'keep_rate', 'top1', 'macs', 'latency_ms', 'throughput']
     shown = [key for key in columns if any(row.get(key) is not None for row in front)]
+    chosen = replace(merged, rows=front, info=merged.info | {'best': best})
     if output:
-        save_results(replace(merged, rows=front, info=merged.info | {'best': best}), output, 'choose')
+        save_results(chosen, output, 'choose')
     for path, info in merged.info['sources'].items():
         if info.get('partial'):
             echo(f'PARTIAL: {path} is of an interrupted run.')
+    print_json(asdict(chosen))
     print_table(list_table(front, shown, title='Pareto front'))
     echo(str(subnet_of(best)))

@@ -10,14 +10,16 @@ from .options import (
     class_names_option,
     create_model,
     device_option,
+    json_option,
     model_options,
     resolve_device,
 )
-from .stdout import echo
+from .stdout import echo, print_json
 
 __all__ = ['command']
 
 
+@json_option
 @click.command(cls=Command)
 @model_options
 @class_names_option
@@ -79,7 +81,9 @@ def command(
         int8 = Int8(
             create_calibration_loader(calibration_data, network) if calibration_data else None,
             create_evaluation_loader(open_dataset(data_dir), network, batch_size=64) if data_dir else None)
-    for manifest in export_model(network, output, format, subnets, int8, track):
+    manifests = export_model(network, output, format, subnets, int8, track)
+    print_json(manifests)
+    for manifest in manifests:
         print_table(list_table(_rows(manifest), _columns(manifest), title=manifest['file']))
         echo(_summary(manifest))
 

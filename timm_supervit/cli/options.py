@@ -5,7 +5,9 @@ Ctrl-C or SIGTERM; what was found out until then has been printed. 141: nobody r
 names is complete.
 """
 import argparse
+import ast
 import contextlib
+import logging
 import pickle
 import signal
 import threading
@@ -16,15 +18,18 @@ from typing import Any
 import click
 
 from ..subnets import Subnet, check_img_size, check_keep_rate
-from ..tools.text import visible
+from .stdout import JSON, QUIET, note
 
 __all__ = [
     'INTERRUPTED',
     'Command',
     'amp_options',
+    'cascade_option',
     'class_names_option',
     'create_model',
+    'data_options',
     'device_option',
+    'json_option',
     'load_network',
     'model_options',
     'output_option',
@@ -32,6 +37,7 @@ __all__ = [
     'setting_options',
     'show_weights',
     'subnet_option',
+    'where_option',
 ]
 
 INTERRUPTED = 130
@@ -39,7 +45,18 @@ _EXTRA = {'click', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'rich', 's
 
 
 class Command(click.Command):
-    """A click command that takes ``--model-kwargs KEY=VALUE KEY=VALUE`` and whose failures are one clear line."""
+    """A click command that takes ``--model-kwargs KEY=VALUE KEY=VALUE`` and whose failures are one clear line.
+
+    All have ``--quiet`` and ``--verbose``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            _flag(QUIET, '-q', '--quiet', help='Print results and errors, no notes and no progress.'),
+            click.Option(
+                ['-v', '--verbose'], is_flag=True, expose_value=False, callback=_log_to_stderr,
+                help='Print what timm and this package log, too.')]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the name of ``--model-kwargs`` before each of its values, as click wants it."""
@@ -76,6 +93,28 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo('Interrupted.', err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _flag(key: str, *names: str, help: str) -> click.Option:
+    """Return a flag that is kept in the context, for what prints, and not handed to the command."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[key] = value
+
+    return click.Option(names, is_flag=True, expose_value=False, callback=keep, help=help)
+
+
+def _log_to_stderr(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        logging.basicConfig(format='%(name)s: %(message)s')
+        for name in ('timm', __name__.partition('.')[0]):
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def json_option(command: click.Command) -> click.Command:
+    """Add ``--json`` to a command that prints results."""
+    command.params.append(_flag(JSON, '--json', help='Print the results as JSON, and nothing else to stdout.'))
+    return command
 
 
 @contextlib.contextmanager
@@ -118,6 +157,19 @@ def _check_pairs(pairs: tuple[str, ...]) -> tuple[str, ...]:
     return pairs
 
 
+def _parse_where(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
+    where: dict[str, object] = {}
+    for value in values:
+        key, equals, text = value.partition('=')
+        if not equals:
+            raise click.BadParameter(f'{value!r} is not KEY=VALUE, as in batch_size=1', ctx, param)
+        try:
+            where[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            where[key] = text
+    return where
+
+
 def _chain(*decorators: Any) -> Any:
     def decorate(function: Any) -> Any:
         for decorator in reversed(decorators):
@@ -154,8 +206,27 @@ amp_options = _chain(
         '--amp-dtype', type=click.Choice(['float16', 'bfloat16']), default='float16', show_default=True,
         help='Lower precision of --amp.'),
 )
+data_options = _chain(
+    click.option('--data-dir', metavar='DIR', help='Folder of the data set: a folder of images for each class.'),
+    click.option(
+        '--dataset', default='', metavar='NAME', help='Kind and name, as in timm\'s scripts (default: folders).'),
+    click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.'),
+    click.option(
+        '-b', '--batch-size', default=256, show_default=True, type=click.IntRange(1), help='Images of a batch.'),
+    click.option(
+        '-j', '--workers', default=4, show_default=True, type=click.IntRange(0), help='Processes reading images.'),
+    click.option('--skip-bad-images', is_flag=True, help='Name and count unreadable images and go on without them.'),
+    device_option,
+    amp_options,
+)
+where_option = click.option(
+    '--where', multiple=True, metavar='KEY=VALUE', callback=_parse_where,
+    help='Which of several settings of the profile counts, as in batch_size=1; may be repeated.')
 subnet_option = click.option(
     '--subnet', 'subnets', multiple=True, type=SubnetType(), help='A subnet; may be repeated (default: all).')
+cascade_option = click.option(
+    '--cascade', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
+    help='A cascade of "supervit cascade", in the place of subnets.')
 output_option = click.option(
     '--output', type=click.Path(file_okay=False), metavar='DIR', help='Folder to write JSON, CSV and picture to.')
 
@@ -200,8 +271,11 @@ def load_network(
     network = networks.load_network(model, checkpoint, use_ema, namespace.model_kwargs, **kwargs)
     if network.path and network.checkpoint:
         show_weights(network.path, network.checkpoint)
+    elif kwargs.get('pretrained', True) and ':' not in network.name:
+        note(f'Weights: plain ones that {network.name} starts from, not super-trained: '
+             f'accuracy with few tokens or small images means nothing')
     if network.unnamed:
-        _show(f'Classes: without names, since {network.unnamed}; --class-names says where they are')
+        note(f'Classes: without names, since {network.unnamed}; --class-names says where they are')
     return network
 
 
@@ -220,13 +294,7 @@ def show_weights(path: str, checkpoint: Any) -> None:
     averaged = checkpoint.entry.endswith('_ema')
     others = [entry for entry in checkpoint.others if entry.endswith('_ema') != averaged]
     also = f' (it also has {others[0]}; {"leaving out " * averaged}--use-ema reads that)' if others else ''
-    line = f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}'
-    _show(line)
-
-
-def _show(line: str) -> None:
-    with contextlib.suppress(OSError):  # results matter more than this line to a reader who has gone
-        click.echo(visible(line), err=True)
+    note(f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}')
 
 
 def resolve_device(device: str | None) -> str:

@@ -50,6 +50,7 @@ class ElasticNetwork(nn.Module):
         sizes = [size_2d(size) for size in model.img_sizes]
         self.is_square = all(height == width for height, width in sizes)
         self.grids = [model.grid_size(size) for size in model.img_sizes]
+        self.patch_size = sizes[0][0] // self.grids[0][0]  # in the image, whatever a convolutional stem does to it
         lengths = [pos_embed.shape[1] for pos_embed in model.pos_embed_list]
         # Not buffers: they stay on the CPU, as do the inputs that they are compared with.
         self.sizes = torch.tensor([height for height, _ in sizes] if self.is_square else sizes)
@@ -97,8 +98,7 @@ class ElasticNetwork(nn.Module):
         for side, sides in zip((rows, columns), zip(*self.grids, strict=True), strict=True):
             torch._check(side >= 1)
             torch._check(side <= max(sides))
-        height, width = model.patch_embed.patch_size
-        x = model.embed_patches(_resize(image, (rows * height, columns * width)))
+        x = model.embed_patches(_resize(image, (rows * self.patch_size, columns * self.patch_size)))
         length = x.shape[1] + model.num_embed_prefix_tokens
         pos_embeds = torch.cat(list(model.pos_embed_list), dim=1)
         torch._check(num_patches == x.shape[1])

@@ -1,12 +1,14 @@
 """Pictures of operating points: one quantity against another, by image size (lines) and keep rate (markers)."""
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
-from ..subnets import format_size, sort_sizes
+from ..subnets import Subnet, format_size, sort_sizes
 from .files import replace_file
 from .results import Row, column_of, subnet_of
 from .text import visible
@@ -16,6 +18,7 @@ __all__ = ['draw_operating_points', 'save_picture']
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow and black.
 _COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
 _MARKERS = ('v', 's', 'o', '^', 'D', 'P', 'X')
+_CASCADES: dict[str, Any] = dict(color='#333333', linestyle='--', linewidth=1.2, marker='.', markersize=8)
 _PEER_COLOR = '#333333'
 _PEER_MARKERS = ('*', 'p', 'h', 'd', '<', '>')
 
@@ -30,10 +33,10 @@ def draw_operating_points(
     """Draw two keys of the rows against each other and write the picture, 1600 x 1000 pixels, as PNG.
 
     Args:
-        rows: Rows of ``Results``, one for each subnet; rows of other networks are drawn as single dark markers. Rows
-            that lack one of the keys are left out.
+        rows: Rows of ``Results``, one for each subnet; those of cascades are joined by a dark line, and rows of other
+            networks are drawn as single dark markers. Rows that lack one of the keys are left out.
         path: The file to write.
-        x: Key for the horizontal axis.
+        x: Key for the horizontal axis; ``epoch`` gives every subnet a line of its own, a cost every image size.
         y: Key for the vertical axis.
         title: Heading of the picture.
 
@@ -58,15 +61,26 @@ def draw_operating_points(
     axes.grid(color='#dddddd')
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    for size in sizes:
-        points = sorted(
-            (row[x] / across.scale, row[y] / up.scale, row['keep_rate']) for row in rows if row.get('img_size') == size)
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=colors[size], linewidth=1.8)
-        for right, high, rate in points:
+    over_epochs = across.kind == 'setting'
+    lines: dict[Any, list[tuple[float, float, Subnet]]] = {}
+    for row in rows:
+        if subnet := subnet_of(row):
+            points = lines.setdefault(subnet if over_epochs else subnet.img_size, [])
+            points.append((row[x] / across.scale, row[y] / up.scale, subnet))
+    for points in lines.values():
+        color = colors[points[0][2].img_size]
+        points.sort(key=lambda point: point[:2])
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=0.9 if over_epochs else 1.8)
+        for right, high, subnet in points:
             axes.plot(
-                right, high, markers[rate], color=colors[size], markersize=9, markeredgecolor='white',
-                markeredgewidth=1, zorder=3)
-    peers = [row for row in rows if subnet_of(row) is None]
+                right, high, markers[subnet.keep_rate], color=color, markersize=6 if over_epochs else 9,
+                markeredgecolor='white', markeredgewidth=0.6 if over_epochs else 1, zorder=3)
+    if over_epochs:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    cascades = sorted((row[x] / across.scale, row[y] / up.scale) for row in rows if 'cascade' in row)
+    if cascades:
+        axes.plot(*zip(*cascades, strict=True), **_CASCADES)
+    peers = [row for row in rows if row.get('model')]
     peer_markers = {row['model']: _PEER_MARKERS[i % len(_PEER_MARKERS)] for i, row in enumerate(peers)}
     for row in peers:
         axes.plot(
@@ -76,13 +90,14 @@ def draw_operating_points(
     entries = {
         'Image size [px]': [Line2D([], [], color=colors[size], linewidth=3, label=format_size(size)) for size in sizes],
         'Keep rate': [_marker(markers[rate], f'{rate:g}', '#777777') for rate in rates],
+        'Cascades': [Line2D([], [], label='several subnets', **_CASCADES)] if cascades else [],
         'Other networks': [_marker(marker, name, _PEER_COLOR) for name, marker in peer_markers.items()],
     }
     # One column beside the axes, so that no legend covers a point.
     handles = []
-    for heading, lines in entries.items():
-        if lines:
-            handles += [Line2D([], [], linestyle='', label=heading), *lines, Line2D([], [], linestyle='', label='')]
+    for heading, keys in entries.items():
+        if keys:
+            handles += [Line2D([], [], linestyle='', label=heading), *keys, Line2D([], [], linestyle='', label='')]
     figure.legend(handles=handles[:-1], loc='outside right center', frameon=False, fontsize=11)
     save_picture(figure, path)
 

@@ -64,17 +64,20 @@ class Column(NamedTuple):
 
 # A key has one meaning everywhere.
 COLUMNS = {
+    'epoch': Column('epoch', '', 'setting', 0),
     'img_size': Column('size', 'px', 'setting', 0),
     'keep_rate': Column('keep rate', '', 'setting', None),
     'batch_size': Column('batch', 'images', 'setting', 0),
     'precision': Column('precision', '', 'setting', None),
     'runtime': Column('runtime', '', 'setting', None),
     'image': Column('image', '', 'setting', None),
+    'cascade': Column('cascade (threshold)', '', 'setting', None),  # as ``cascade_text`` writes it
     'macs': Column('MACs per image', 'M', 'cost', 2, 1e6),
     'latency_ms': Column('latency, median', 'ms', 'cost'),  # of one forward of a batch
     'int8_latency_ms': Column('latency of int8, median', 'ms', 'cost'),
     'latency_p90_ms': Column('latency, p90', 'ms', 'cost'),
     'latency_iqr_ms': Column('latency, IQR', 'ms', 'cost'),
+    'latency_mean_ms': Column('latency of an image, mean', 'ms', 'cost', 3),  # a batch's time shared by its images
     'throughput': Column('throughput', 'images/s', 'cost', 1, more_is_better=True),
     'memory_mib': Column('peak memory', 'MiB', 'cost', 1),
     'top1': Column('top-1', '%', 'outcome', more_is_better=True),
@@ -86,6 +89,7 @@ COLUMNS = {
     'count': Column('evaluated', 'images', 'outcome', 0),
     'prediction': Column('prediction', '', 'outcome', None),
     'probability': Column('probability', '', 'outcome'),
+    'shares': Column('images per stage', '%', 'outcome', None),
     'kept': Column('patches kept', '', 'outcome', None),
 }
 
@@ -95,7 +99,7 @@ class Results:
     """What was measured of a network, one row for each subnet (and setting).
 
     A row is a plain dictionary that goes to JSON as it is, with keys of ``COLUMNS``. ``img_size`` and ``keep_rate``
-    say which subnet; a row of another network than ``model`` has ``model`` instead.
+    say which subnet; a row of a cascade has ``cascade`` instead, one of another network than ``model`` has ``model``.
 
     Attributes:
         model: Name of the network, as ``timm.create_model`` takes it.
@@ -200,8 +204,8 @@ def _check(content: Any) -> Results:
         if row.get('keep_rate') is not None:
             row['img_size'] = check_img_size(row.get('img_size'))
             check_keep_rate(row['keep_rate'])
-        elif not isinstance(row.get('model'), str):
-            raise ValueError(f'row {i} names neither a subnet nor a model')
+        elif not isinstance(row.get('model', row.get('cascade')), str):
+            raise ValueError(f'row {i} names neither a subnet nor a cascade nor a model')
         for key, value in row.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
             if isinstance(value, tuple):  # a size, checked above

@@ -1,0 +1,269 @@
+"""Calibrating a cascade: against brute force, on images that it has not seen, and honest where there is no gain."""
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from timm_supervit import Cascade
+from timm_supervit.cli import main
+from timm_supervit.tools import cascade as tool
+from timm_supervit.tools.cascade import Answers, Costs, calibrate, latency_costs, mac_costs, split_answers
+from timm_supervit.tools.results import Results, load_results, save_results
+
+SETTINGS = ['img_sizes=12,24', 'keep_rates=0.5,1.0', 'num_classes=3']
+
+
+@pytest.fixture(scope='module')
+def model() -> Any:
+    return timm.create_model('supervit_digits', img_sizes=(12, 24), keep_rates=(0.5, 1.0), num_classes=3).eval()
+
+
+def make_answers(model: Any, num_images: int = 400, seed: int = 0, informed: bool = True) -> Answers:
+    """Let dearer subnets be right more often, and subnets be less sure where they are wrong, if ``informed``."""
+    generator = np.random.default_rng(seed)
+    hardness = generator.random(num_images)
+    skill = np.linspace(0.7, 0.95, len(model.subnets))[:, None]
+    correct = hardness + generator.normal(0, 0.02, (len(skill), num_images)) < skill
+    doubt = 0.6 * hardness if informed else 0.6 * generator.random((len(skill), num_images))
+    confidence = np.clip(1 - doubt + generator.normal(0, 0.01, correct.shape), 0.34, 0.999)
+    return Answers(model.subnets, confidence, np.where(correct, confidence, 0.3), correct)
+
+
+def simulate(answers: Answers, costs: Costs, stages: Any, thresholds: Any) -> tuple[float, float]:
+    """Send the images through one by one; return the share that it is right on, and the mean cost."""
+    right = spent = 0.
+    for image in range(answers.num_images):
+        for i, stage in enumerate(stages):
+            spent += costs.own[stage] - max([costs.saved[stage, earlier] for earlier in stages[:i]], default=0)
+            if i == len(stages) - 1 or answers.confidence[stage, image] >= thresholds[i]:
+                right += answers.correct[stage, image]
+                break
+    return right / answers.num_images, spent / answers.num_images
+
+
+def test_tables_hold_what_each_cascade_reaches(model: Any) -> None:
+    answers, costs = make_answers(model, 60), mac_costs(model)
+    tables = list(tool._tabulate(answers, costs, costs))
+    expected = [stages for number in (2, 3, 4) for stages in itertools.combinations(range(4), number)]
+    assert [table.stages for table in tables] == expected
+    generator = np.random.default_rng(1)
+    for table in tables:
+        for _ in range(3):
+            index = tuple(generator.integers(size) for size in table.cost.shape)
+            thresholds = [values[i] for values, i in zip(table.thresholds, index, strict=True)]
+            accuracy, cost = simulate(answers, costs, table.stages, thresholds)
+            assert table.accuracy[index] == pytest.approx(accuracy)
+            assert table.cost[index] == pytest.approx(cost)
+
+
+def test_costs_are_those_of_the_cascade(model: Any) -> None:
+    costs = mac_costs(model)
+    for stages in itertools.combinations(range(4), 3):
+        cascade = Cascade(model, [model.subnets[i] for i in stages], [0.5, 0.5])
+        assert costs.totals(stages).tolist() == cascade.macs
+
+
+def test_a_gain_is_found_inside_the_budget_and_reported_on_other_images(model: Any) -> None:
+    costs = mac_costs(model)
+    calibration, report = split_answers(make_answers(model), 0.5, seed=1)
+    budget = 0.5 * costs.own[-1]
+    found = calibrate(calibration, report, costs, costs, budget=budget)
+    assert found.chosen.cost <= budget
+    affordable = [accuracy for accuracy, cost in zip(report.correct.mean(1), costs.own, strict=True) if cost <= budget]
+    assert found.row['top1'] > 100 * max(affordable) + 5
+    assert found.comparison.is_significant
+    accuracy, cost = simulate(report, costs, found.chosen.stages, found.chosen.thresholds)
+    assert (found.row['top1'], found.row['macs']) == (pytest.approx(100 * accuracy), pytest.approx(cost))
+    # What the report images are has no say in what is chosen.
+    other = report._replace(correct=~report.correct)
+    assert calibrate(calibration, other, costs, costs, budget=budget).chosen == found.chosen
+
+
+def test_no_gain_is_called_so_where_confidence_says_nothing(model: Any) -> None:
+    costs = mac_costs(model)
+    verdicts = []
+    for seed in range(6):
+        calibration, report = split_answers(make_answers(model, seed=seed, informed=False), 0.5, seed)
+        verdicts.append(calibrate(calibration, report, costs, costs).comparison.is_significant)
+    assert not any(verdicts)
+
+
+def test_a_goal_chooses_the_cheapest_that_reaches_it(model: Any) -> None:
+    costs = mac_costs(model)
+    calibration, report = split_answers(make_answers(model), 0.5)
+    low, high = (calibrate(calibration, report, costs, costs, accuracy=goal).chosen for goal in (80, 90))
+    assert low.accuracy >= 0.8 and high.accuracy >= 0.9 and low.cost < high.cost
+    default = calibrate(calibration, report, costs, costs).chosen
+    assert default.accuracy >= calibration.correct[-1].mean()
+    with pytest.raises(ValueError, match=r'no cascade is right on 99.9 % of the calibration images; the best is on'):
+        calibrate(calibration, report, costs, costs, accuracy=99.9)
+    with pytest.raises(ValueError, match='no cascade has a mean macs of at most 1; the cheapest has'):
+        calibrate(calibration, report, costs, costs, budget=1)
+
+
+def test_the_parts_of_a_split_share_no_image_and_repeat_with_the_seed() -> None:
+    numbers = np.arange(101.)[None]
+    answers = Answers([], numbers, numbers, numbers)
+    first, second = split_answers(answers, 0.4, seed=3)
+    assert (first.num_images, second.num_images) == (40, 61)
+    assert sorted([*first.truth[0], *second.truth[0]]) == numbers[0].tolist()
+    assert (split_answers(answers, 0.4, seed=3)[0].truth == first.truth).all()
+    assert (split_answers(answers, 0.4, seed=4)[0].truth != first.truth).any()
+
+
+def test_a_stage_that_goes_on_saves_as_much_of_its_time_as_of_its_macs(model: Any) -> None:
+    macs = mac_costs(model)
+    rows = [dict(subnet._asdict(), latency_ms=10. * i + 10) for i, subnet in enumerate(model.subnets)]
+    costs = latency_costs(macs, model.subnets, rows)
+    assert costs.own.tolist() == [10, 20, 30, 40]
+    share = (macs.totals([2, 3])[1] - macs.own[2]) / macs.own[3]
+    assert costs.totals([2, 3]).tolist() == [30, pytest.approx(30 + 40 * share)] and 0.3 < share < 0.9
+    with pytest.raises(ValueError, match='the profile has no latency of subnet 24:1'):
+        latency_costs(macs, model.subnets, rows[:-1])
+
+
+# The commands
+
+
+def supervit(*arguments: Any) -> Any:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory: Any, model: Any) -> Path:
+    """A network that tells bright from dark and middling images, and is less sure in between."""
+    torch.manual_seed(0)
+    examples = torch.rand(48, 1, 1, 1) * 2 - 1
+    images = examples + 0.1 * torch.randn(48, 3, 24, 24)
+    target = (examples.flatten() > -0.33).long() + (examples.flatten() > 0.33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        sum(torch.nn.functional.cross_entropy(y, target) for y in model.forward_subnets(images, model.subnets)
+            ).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    path = tmp_path_factory.mktemp('weights') / 'model.pth'
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp('images')
+    generator = np.random.default_rng(0)
+    for i in range(90):
+        brightness = generator.random()
+        pixels = np.clip(127.5 * (1 + (2 * brightness - 1) * 0.5) + generator.normal(0, 6, (24, 24, 3)), 0, 255)
+        path = folder / 'validation' / f'class{int(3 * brightness)}' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype('uint8')).save(path)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def given(checkpoint: Path, folder: Path) -> list[Any]:
+    return ['supervit_digits', '--checkpoint', checkpoint, '--model-kwargs', *SETTINGS, '--data-dir', folder,
+            '-j', 0, '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def output(given: list[Any], tmp_path_factory: Any) -> tuple[Path, Any]:
+    output = tmp_path_factory.mktemp('cascade')
+    return output, supervit('cascade', *given, '--macs', 5e6, '--output', output)
+
+
+def test_the_command_writes_a_cascade_that_evaluates_to_what_it_expects(
+        given: list[Any], output: tuple[Path, Any], model: Any) -> None:
+    path, result = output
+    assert result.exit_code == 0, result.output
+    assert 'On 45 images that calibration never saw, the cascades are' in result.stdout
+    assert {file.name for file in path.iterdir()} == {
+        'cascade.json', 'cascade-front.json', 'cascade-front.csv', 'cascade-front.png'}
+    content = json.loads((path / 'cascade.json').read_text())
+    assert content['model'] == 'supervit_digits' and content['img_sizes'] == [12, 24]
+    assert (content['calibration']['calibration_images'], content['calibration']['report_images']) == (45, 45)
+    assert all('cascade' in row for row in load_results(path / 'cascade-front.json').rows)
+
+    result = supervit('evaluate', *given, '--cascade', path / 'cascade.json', '--output', path, '-b', 30)
+    assert result.exit_code == 0, result.output
+    assert 'Images that stop at each stage' in result.stdout
+    assert '45 of these images' in result.stderr
+    row = load_results(path / 'evaluate-cascade.json').rows[0]
+    cascade = Cascade.load(model, path / 'cascade.json')
+    assert row['cascade'] == content['expected']['cascade']
+    assert row['count'] == 90 and sum(row['shares']) == pytest.approx(100, abs=0.1)
+    assert row['macs'] == pytest.approx(
+        sum(share * macs for share, macs in zip(row['shares'], cascade.macs, strict=True)) / 100, rel=1e-3)
+    assert row['latency_mean_ms'] == pytest.approx(row['latency_ms'] / 30, rel=2)
+    # The expected numbers are of half of the images, the others of all: the two halves make the whole.
+    seen = content['calibration']['top1'] / 100 * 45
+    assert row['correct1'] == pytest.approx(seen + content['expected']['correct1'])
+
+
+def test_two_folders_take_the_place_of_a_split(given: list[Any], folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / 'other'
+    other.symlink_to(folder)
+    result = supervit('cascade', *given, '--calibration-dir', other)
+    assert result.exit_code == 2 and '--calibration-dir is --data-dir' in result.stderr
+    for path in sorted(folder.rglob('*.png'))[::2]:
+        copy = tmp_path / 'half' / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    result = supervit('cascade', *given, '--calibration-dir', tmp_path / 'half')
+    assert result.exit_code == 0, result.output
+    assert 'On 90 images that' in result.stdout and 'Chosen on 45 images' in result.stdout
+
+
+def test_a_profile_gives_the_budget_in_time(given: list[Any], model: Any, tmp_path: Path) -> None:
+    rows = [dict(subnet._asdict(), macs=model.macs(subnet), latency_ms=10. * i + 10, batch_size=1)
+            for i, subnet in enumerate(model.subnets)]
+    path = save_results(Results('supervit_digits', rows), tmp_path, 'profile')[0]
+    result = supervit('cascade', *given, '--latency-ms', 25, '--profile', path)
+    assert result.exit_code == 0, result.output
+    assert 'latency, median [ms]' in result.stdout
+    result = supervit('cascade', *given, '--latency-ms', 5, '--profile', path)
+    assert result.exit_code == 1 and 'no cascade has a mean latency_ms of at most 5' in result.stderr
+
+
+@pytest.mark.parametrize(('arguments', 'code', 'message'), [
+    (['--macs', 1e6, '--accuracy', 90], 2, 'exclude each other'),
+    (['--latency-ms', 5], 2, 'belong together'),
+    (['--calibration-share', 1], 2, '1.0 is not in the range 0<x<1'),
+    (['--calibration-share', 0.01], 1, '1 images to calibrate on and 89 others to report are too few'),
+    (['--output', '/dev/null/x'], 1, "cannot write to the folder '/dev/null/x'"),
+])
+def test_what_is_wrong_is_one_line(given: list[Any], arguments: list[Any], code: int, message: str) -> None:
+    result = supervit('cascade', *given, *arguments)
+    assert (result.exit_code, result.stdout) == (code, '')
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_a_folder_of_no_or_one_image_calibrates_nothing(given: list[Any], tmp_path: Path) -> None:
+    where = [tmp_path if str(item).endswith('images0') else item for item in given]
+    (tmp_path / 'validation' / 'class0').mkdir(parents=True)
+    result = supervit('cascade', *where)
+    assert result.exit_code == 1 and 'Found 0 images' in result.stderr
+    for name in ('class0', 'class1', 'class2'):
+        (tmp_path / 'validation' / name).mkdir(exist_ok=True)
+    Image.new('RGB', (24, 24)).save(tmp_path / 'validation' / 'class0' / '0.png')
+    result = supervit('cascade', *where)
+    assert result.exit_code == 1 and 'class' in result.stderr
+
+
+def test_a_cascade_of_another_network_is_refused(given: list[Any], output: tuple[Path, Any], tmp_path: Path) -> None:
+    arguments = [item for item in given if item != 'img_sizes=12,24' and '--checkpoint' not in str(item)]
+    checkpoint = tmp_path / 'other.pth'
+    torch.save(timm.create_model('supervit_digits', img_sizes=(12, 16), num_classes=3).state_dict(), checkpoint)
+    arguments = ['supervit_digits', '--checkpoint', checkpoint, '--model-kwargs', 'img_sizes=12,16', *SETTINGS[1:],
+                 *given[given.index('--data-dir'):]]
+    result = supervit('evaluate', *arguments, '--cascade', output[0] / 'cascade.json')
+    assert result.exit_code == 1 and 'is a cascade of another network: its img_sizes is [12, 24]' in result.stderr
+    result = supervit('evaluate', *given, '--cascade', output[0] / 'cascade.json', '--subnet', '12:0.5')
+    assert result.exit_code == 2 and 'exclude each other' in result.stderr
