@@ -50,7 +50,7 @@ def check_source(archive: Path, folder: Path) -> None:
     shutil.unpack_archive(archive, folder)
     source, = folder.iterdir()
     subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', QUICK_TESTS],
+        [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', '-k', QUICK_TESTS],
         check=True, cwd=source, env={**os.environ, 'PYTHONPATH': str(source)})
 
 
