@@ -22,6 +22,7 @@ from ..tools.text import visible
 __all__ = [
     'INTERRUPTED',
     'Command',
+    'SubnetType',
     'amp_options',
     'cascade_option',
     'class_names_option',
