@@ -234,6 +234,7 @@ def test_names_of_wordnet_become_words_and_others_stay(small_model):
 
 @pytest.mark.skipif(not os.environ.get('TIMM_SCRIPTS'), reason='TIMM_SCRIPTS does not name the folder of train.py')
 def test_a_checkpoint_of_train_py_evaluates_to_what_the_script_logged(photos, tmp_path):
+    run = tmp_path / 'run'
     train = subprocess.run(
         [sys.executable, Path(os.environ['TIMM_SCRIPTS'], 'train.py'), '--model', 'supervit_digits', '--num-classes',
          '3', '--model-kwargs', 'embed_dim=48', 'depth=3', 'drop_layers=1,', '--data-dir', photos, '--train-split',
@@ -241,11 +242,14 @@ def test_a_checkpoint_of_train_py_evaluates_to_what_the_script_logged(photos, tm
          '0.2', '--device', 'cpu', '--workers', '0', '--output', tmp_path, '--experiment', 'run'],
         capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'})
     assert train.returncode == 0, train.stderr[-2000:]
-    logged = json.loads(train.stdout.split('--result')[1])
-    top1 = next(row['validation']['top1'] for row in logged if row['epoch'] == 3)
-    result = supervit('evaluate', tmp_path / 'run' / 'last.pth.tar', '--data-dir', photos, '--workers', 0, '--subnet',
-                      '24:1', '--output', tmp_path / 'out', '--device', 'cpu')
-    assert result.exit_code == 0, result.output
-    row, = json.loads((tmp_path / 'out' / 'evaluate.json').read_text())['rows']
-    assert row['top1'] == pytest.approx(top1, abs=1e-3)  # which the script rounds to float32
-    assert class_names(load_network(str(tmp_path / 'run' / 'last.pth.tar')).model) == CLASSES
+    logged = {row['epoch']: row['validation']['top1'] for row in json.loads(train.stdout.split('--result')[1])}
+    assert sorted(logged) == [0, 1, 2, 3]
+    for model, name in ((run / 'last.pth.tar', 'evaluate'), (run, 'epochs')):
+        result = supervit('evaluate', model, '--data-dir', photos, '--workers', 0, '--subnet', '24:1', '--output',
+                          tmp_path / 'out', '--device', 'cpu')
+        assert result.exit_code == 0, result.output
+        rows = json.loads((tmp_path / 'out' / f'{name}.json').read_text())['rows']
+        assert [row.get('epoch', 3) for row in rows] == ([0, 1, 2, 3] if model == run else [3])
+        for row in rows:
+            assert row['top1'] == pytest.approx(logged[row.get('epoch', 3)], abs=1e-3)  # float32 in the script
+    assert class_names(load_network(str(run / 'last.pth.tar')).model) == CLASSES

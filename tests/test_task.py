@@ -89,7 +89,7 @@ def test_another_task_says_once_that_it_trains_the_active_subnet_alone(small_mod
     assert not isinstance(made, SuperViTTask)
     messages = [str(w.message) for w in caught if 'trains only' in str(w.message)]
     assert len(messages) == 1
-    for part in (type(made).__name__, 'img_size=48, keep_rate=0.6', '--kd-model-name', 'train_subnets=active'):
+    for part in (type(made).__name__, '48:0.6', '--kd-model-name', 'train_subnets=active'):
         assert part in messages[0]
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*trains only')
@@ -301,7 +301,7 @@ def test_a_loss_that_is_not_finite_names_its_subnet(create_task: Any, images: Te
     with pytest.raises(FloatingPointError, match=r'64:1.*label.*nan.*lower the learning rate'):
         task.log_losses()
     task(images, TARGET)
-    with pytest.raises(FloatingPointError, match=r'img_size=64'):
+    with pytest.raises(FloatingPointError, match=r'64:'):
         task.get_checkpoint_state()  # nor is anything of them saved
     task.log_interval = 1
     with pytest.raises(FloatingPointError) as error:
@@ -457,7 +457,7 @@ def test_losses_are_logged_by_the_count_of_steps_and_not_kept(
             if step % 3 == 0:
                 assert task._sums == {}
                 mean = torch.stack([s.loss for s in losses if s.subnet == Subnet(64, 1.0)]).mean()
-                assert not verbose or f'64@1 {mean:#.3g}' in lines[-1]
+                assert not verbose or f'64:1 {mean:#.3g}' in lines[-1]
                 losses.clear()
         assert len(task._sums) <= 4  # one sum for each subnet
 

@@ -63,10 +63,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, An
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     norm = '' if 'fc_norm.weight' in {*state_dict, *model.state_dict()} else r'|norm\.'  # else it goes with the head
     check_names(model, state_dict, 'cls_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
-    key, (height, width) = 'patch_embed.proj.weight', model.patch_embed.proj.kernel_size
-    if state_dict[key].ndim == 4 and state_dict[key].shape[2:] != (height, width):
+    key, kernel = 'patch_embed.proj.weight', model.patch_embed.proj.weight.shape[2:]
+    if state_dict[key].ndim == 4 and state_dict[key].shape[2:] != kernel:
         _fit_pos_embeds(model, state_dict, '')  # while the weights tell what size in pixels theirs are of
-        state_dict[key] = resample_patch_embed(state_dict[key], [height, width], verbose=True)
+        state_dict[key] = resample_patch_embed(state_dict[key], list(kernel), verbose=True)
     return state_dict
 
 
@@ -87,7 +87,8 @@ def _find_pos_embeds(model: Any, names: Iterable[str]) -> list[str]:
 def _fit_pos_embeds(model: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Put a position embedding for every image size of a model in the place of those in a state dict."""
     own = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-    names, kernel = [prefix + name for name in _find_pos_embeds(model, own)], model.patch_embed.proj.kernel_size[0]
+    names = [prefix + name for name in _find_pos_embeds(model, own)]
+    kernel = model.patch_embed.proj.weight.shape[-1]
     grids, num_prefix_tokens = list(map(model.grid_size, model.img_sizes)), model.num_embed_prefix_tokens
     lengths = {f'{prefix}pos_embed_list.{i}': (math.prod(grid) + num_prefix_tokens,) for i, grid in enumerate(grids)}
     old = [state_dict[name] for name in names]

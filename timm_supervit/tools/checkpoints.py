@@ -35,12 +35,14 @@ class Checkpoint(NamedTuple):
         entry: The entry of the file that they are: ``model``, ``model_ema``, ...; empty for a bare state dict.
         others: The file's other entries of weights.
         args: The arguments of the script that trained it; empty where the file holds none.
+        epoch: The epoch after which it was written, counted from 0; None where the file does not say.
     """
 
     state_dict: dict[str, Tensor]
     entry: str
     others: tuple[str, ...]
     args: dict[str, Any]
+    epoch: int | None
 
     @property
     def kind(self) -> str:
@@ -75,10 +77,10 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> Checkpoin
         raise CheckpointError(
             f'{path} was refused: {f"its entry {entry!r}" if entry else "it"} should be a state dict, which maps names '
             f'to tensors, and holds {odd[0]}. {_REMEDY}')
-    args = content.get('args') if entry else None
+    args, epoch = (content.get('args'), content.get('epoch')) if entry else (None, None)
     return Checkpoint(
         clean_state_dict(weights), entry, tuple(key for key in entries if key != entry),
-        vars(args) if isinstance(args, argparse.Namespace) else {})
+        vars(args) if isinstance(args, argparse.Namespace) else {}, epoch if isinstance(epoch, int) else None)
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False) -> Checkpoint:

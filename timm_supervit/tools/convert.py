@@ -167,6 +167,8 @@ def _operating_points(results: Results, model: SuperVisionTransformer, architect
     if (':' not in name and name != architecture) or any(subnet_of(row) not in model.subnets for row in rows):
         raise ValueError(
             f'these results are of {results.model} with other settings than this {architecture}; give its own')
+    if any('epoch' in row for row in rows):
+        raise ValueError('these results are of several epochs; give those of the checkpoint itself')
     if results.info.get('partial'):
         raise ValueError('these results are of an interrupted run, marked partial; let it run to the end')
     keys = ('batch_size', 'precision', 'runtime', 'macs', 'top1', 'top5', 'latency_ms', 'throughput')

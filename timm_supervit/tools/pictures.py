@@ -6,8 +6,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
-from ..subnets import format_size, sort_sizes
+from ..subnets import Subnet, format_size, sort_sizes
 from .files import replace_file
 from .results import Row, column_of, subnet_of
 from .text import visible
@@ -35,7 +36,7 @@ def draw_operating_points(
         rows: Rows of ``Results``, one for each subnet; those of cascades are joined by a dark line, and rows of other
             networks are drawn as single dark markers. Rows that lack one of the keys are left out.
         path: The file to write.
-        x: Key for the horizontal axis.
+        x: Key for the horizontal axis; ``epoch`` gives every subnet a line of its own, a cost every image size.
         y: Key for the vertical axis.
         title: Heading of the picture.
 
@@ -60,14 +61,22 @@ def draw_operating_points(
     axes.grid(color='#dddddd')
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    for size in sizes:
-        points = sorted(
-            (row[x] / across.scale, row[y] / up.scale, row['keep_rate']) for row in rows if row.get('img_size') == size)
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=colors[size], linewidth=1.8)
-        for right, high, rate in points:
+    over_epochs = across.kind == 'setting'
+    lines: dict[Any, list[tuple[float, float, Subnet]]] = {}
+    for row in rows:
+        if subnet := subnet_of(row):
+            points = lines.setdefault(subnet if over_epochs else subnet.img_size, [])
+            points.append((row[x] / across.scale, row[y] / up.scale, subnet))
+    for points in lines.values():
+        color = colors[points[0][2].img_size]
+        points.sort()
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=0.9 if over_epochs else 1.8)
+        for right, high, subnet in points:
             axes.plot(
-                right, high, markers[rate], color=colors[size], markersize=9, markeredgecolor='white',
-                markeredgewidth=1, zorder=3)
+                right, high, markers[subnet.keep_rate], color=color, markersize=6 if over_epochs else 9,
+                markeredgecolor='white', markeredgewidth=0.6 if over_epochs else 1, zorder=3)
+    if over_epochs:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     cascades = sorted((row[x] / across.scale, row[y] / up.scale) for row in rows if 'cascade' in row)
     if cascades:
         axes.plot(*zip(*cascades, strict=True), **_CASCADES)
@@ -86,9 +95,9 @@ def draw_operating_points(
     }
     # One column beside the axes, so that no legend covers a point.
     handles = []
-    for heading, lines in entries.items():
-        if lines:
-            handles += [Line2D([], [], linestyle='', label=heading), *lines, Line2D([], [], linestyle='', label='')]
+    for heading, keys in entries.items():
+        if keys:
+            handles += [Line2D([], [], linestyle='', label=heading), *keys, Line2D([], [], linestyle='', label='')]
     figure.legend(handles=handles[:-1], loc='outside right center', frameon=False, fontsize=11)
     save_picture(figure, path)
 

@@ -1,12 +1,11 @@
 """Predictions for any number of images: what they show, how sure that is, and which subnet says so.
 
-Images are numbered in the order of the collection. Each of several processes takes every so manieth of them. Predictions
-are written in that order as JSON lines, one for each image, so that the complete lines of a killed run say where to go
-on. A line names its image and the run that it is of, so that files of other images or networks are not gone on with.
+Images are numbered in the order of the collection. Of several processes each takes its turn. Predictions are written
+in that order as JSON lines, one for each image, so that the complete lines of a killed run say where to go on. A line
+names its image and the run that it is of, so that a file of other images or networks is not gone on with.
 """
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..cascade import Cascade
+from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .data import ReadableImages, create_evaluation_loader
 from .evaluate import check_finite
@@ -59,7 +59,7 @@ class _Files(Reader):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return open(self.paths[index], 'rb'), 0  # noqa: SIM115, who reads it closes it
+        return open(self.paths[index], 'rb'), 0
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return os.path.basename(self.paths[index]) if basename else self.paths[index]
@@ -156,8 +156,8 @@ def predict(
 
     Yields:
         A row for each image of a batch, in order: its number ``index`` in the collection and its name ``image``, the
-        ``subnet`` that answered, and under ``predictions`` the most probable classes, each with ``class``, ``index`` and
-        ``probability``; or under ``error`` why it cannot be read.
+        ``subnet`` that answered, and under ``predictions`` the most probable classes, each with ``class``, ``index``
+        and ``probability``; or under ``error`` why it cannot be read.
 
     Raises:
         RuntimeError: If logits are not finite.
@@ -219,7 +219,7 @@ def digest_run(network: Any, *settings: Any) -> str:
         network: A SuperViT, or what is known of an exported one.
         settings: What else its lines depend on.
     """
-    what = fingerprint(network) if isinstance(network, torch.nn.Module) else network
+    what = fingerprint(network) if isinstance(network, SuperVisionTransformer) else network
     return hashlib.sha256(json.dumps([what, *settings], default=str).encode()).hexdigest()[:12]
 
 
@@ -253,8 +253,9 @@ class Log(NamedTuple):
             OSError: If they cannot be written; the message says how to go on.
         """
         try:
-            self.file.write(b''.join(json.dumps({**row, 'run': self.run}).encode() + b'\n' for row in rows))
-            self.file.flush()
+            text = memoryview(b''.join(json.dumps({**row, 'run': self.run}).encode() + b'\n' for row in rows))
+            while text:  # a file without a buffer may take a part
+                text = text[self.file.write(text):]
         except OSError as error:
             raise OSError(
                 error.errno, f'{error.strerror or error}: {self.path} keeps what was predicted so far; make room and '
@@ -278,21 +279,23 @@ def open_log(path: Path, run: str, dataset: Any, share: Share) -> Iterator[Log]:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_stream = isinstance(dataset, IterableDataset)
     done, size, failed = 0, 0, []
-    # Unbuffered, so that nothing is left to be written when a full disk ends the run.
-    with open(path, 'a+b', buffering=0) as file:
-        file.seek(0)
-        for line in io.BufferedReader(file):
+    path.touch()
+    with open(path, 'rb') as lines:
+        for line in lines:
             if not line.endswith(b'\n'):
                 break
             row, number = _parse(line), share.rank + done * share.size
-            name = _name(dataset, number) if is_stream or number < len(dataset) else None
+            name = _name(dataset, number) if is_stream or number < len(dataset) else ''
             if (row.get('run'), row.get('index'), row.get('image')) != (run, number, name):
                 raise ValueError(
                     f'{path} holds other predictions from line {done + 1} on: of another network, subnet, --top, '
                     f'number of processes or collection of images; give another --output, or remove the file')
             failed += [name] * ('error' in row)
             done, size = done + 1, size + len(line)
+    # Unbuffered, so that nothing is left to be written when a full disk ends the run.
+    with open(path, 'r+b', buffering=0) as file:
         file.truncate(size)
+        file.seek(size)
         yield Log(path, file, run, done, failed)
 
 

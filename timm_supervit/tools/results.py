@@ -64,6 +64,7 @@ class Column(NamedTuple):
 
 # A key has one meaning everywhere.
 COLUMNS = {
+    'epoch': Column('epoch', '', 'setting', 0),
     'img_size': Column('size', 'px', 'setting', 0),
     'keep_rate': Column('keep rate', '', 'setting', None),
     'batch_size': Column('batch', 'images', 'setting', 0),

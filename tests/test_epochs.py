@@ -1,0 +1,120 @@
+"""All subnets over the epochs of a run, from the folder of its checkpoints."""
+import argparse
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from timm_supervit.cli import main
+from timm_supervit.tools import epochs as epochs_tool
+from timm_supervit.tools.choose import merge_results
+
+SETTINGS = dict(embed_dim=32, depth=2, drop_layers=(1,), img_sizes=(12, 24), keep_rates=(0.5, 1.0))
+
+
+def supervit(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for i in range(6):
+        path = tmp_path / 'photos' / 'validation' / f'class{i % 3}' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((24, 24), 20 * i + 1).convert('RGB').save(path)
+    return tmp_path / 'photos'
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Write the folder of a run: epochs 2 and 10 as ranked checkpoints, 11 as the last one alone."""
+    (tmp_path / 'run').mkdir()
+    for epoch, name in [(10, 'checkpoint-10'), (2, 'checkpoint-2'), (11, 'last'), (2, 'model_best')]:
+        states = []
+        for seed in (epoch, 100 + epoch):
+            torch.manual_seed(seed)
+            states.append(timm.create_model('supervit_digits', num_classes=3, **SETTINGS).state_dict())
+        args = argparse.Namespace(model='supervit_digits', model_kwargs=SETTINGS, num_classes=3)
+        torch.save({'epoch': epoch, 'state_dict': states[0], 'state_dict_ema': states[1], 'args': args},
+                   tmp_path / 'run' / f'{name}.pth.tar')
+    return tmp_path / 'run'
+
+
+def evaluate(model, photos, output, *options):
+    arguments = ['--data-dir', photos, '--workers', 0, '-b', 2, '--device', 'cpu', '--output', output]
+    result = supervit('evaluate', model, *arguments, *options)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.mark.parametrize('options', [[], ['--use-ema'], ['--subnet', '12:0.5', '--subnet', '24:1']])
+def test_every_epoch_has_the_accuracies_of_its_checkpoint_alone(run, photos, tmp_path, options):
+    result = evaluate(run, photos, tmp_path / 'out', *options)
+    rows = json.loads((tmp_path / 'out' / 'epochs.json').read_text())['rows']
+    lines = iter(result.stdout.splitlines())
+    header = next(line for line in lines if line.startswith('epoch')).split()
+    for epoch, name in [(2, 'checkpoint-2'), (10, 'checkpoint-10'), (11, 'last')]:
+        evaluate(run / f'{name}.pth.tar', photos, tmp_path / 'alone', *options)
+        alone = json.loads((tmp_path / 'alone' / 'evaluate.json').read_text())['rows']
+        assert [row for row in rows if row['epoch'] == epoch] == [{'epoch': epoch, **row} for row in alone]
+        subnets = [f'{row["img_size"]}:{row["keep_rate"]:g}' for row in alone]
+        assert header == ['epoch', *subnets, 'mean']
+        mean = sum(row['top1'] for row in alone) / len(alone)
+        line = next(line for line in lines if line.split()[:1] == [str(epoch)])
+        assert line.split()[1:] == [f'{row["top1"]:.2f}' for row in alone] + [f'{mean:.2f}']
+    with (tmp_path / 'out' / 'epochs.csv').open() as file:
+        assert [(row['epoch'], row['img_size']) for row in csv.DictReader(file)] == [
+            (str(row['epoch']), str(row['img_size'])) for row in rows]
+    with Image.open(tmp_path / 'out' / 'epochs.png') as picture:
+        assert picture.size == (1600, 1000)
+
+
+def test_one_epoch_of_the_results_can_be_chosen_from_and_a_model_card_takes_none(run, photos, tmp_path):
+    evaluate(run, photos, tmp_path)
+    with pytest.raises(ValueError, match='several settings; choose: epoch=2 or 10'):
+        merge_results([tmp_path / 'epochs.json'])
+    assert {row['epoch'] for row in merge_results([tmp_path / 'epochs.json'], {'epoch': 10}).rows} == {10}
+    result = supervit(
+        'convert', run / 'last.pth.tar', '--results', tmp_path / 'epochs.json', '--output', tmp_path / 'hub')
+    assert result.exit_code == 1
+    assert 'these results are of several epochs' in result.stderr
+
+
+def test_an_interrupt_keeps_the_epochs_that_are_complete(run, photos, tmp_path, monkeypatch):
+    load, calls = epochs_tool.load_checkpoint, []
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    def interrupt_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            monkeypatch.setattr('timm_supervit.tools.evaluate.check_finite', interrupt)
+        return load(*args)
+
+    monkeypatch.setattr(epochs_tool, 'load_checkpoint', interrupt_at_the_second)
+    arguments = ['--data-dir', photos, '--workers', 0, '--device', 'cpu', '--output', tmp_path / 'out']
+    result = supervit('evaluate', run, *arguments)
+    assert result.exit_code == 130
+    assert 'PARTIAL: interrupted after 1 of 3 epochs; saved as' in result.stdout
+    content = json.loads((tmp_path / 'out' / 'epochs-partial.json').read_text())
+    assert {row['epoch'] for row in content['rows']} == {2}
+
+
+def test_a_folder_without_checkpoints_and_averages_of_only_some_epochs_are_named(run, photos, tmp_path):
+    arguments = ['--data-dir', photos, '--workers', 0, '--device', 'cpu']
+    result = supervit('evaluate', photos, *arguments)
+    assert result.exit_code == 1
+    assert 'photos holds no checkpoint-*.pth.tar of train.py' in result.stderr
+    content = torch.load(run / 'last.pth.tar', weights_only=False)
+    del content['state_dict_ema']
+    torch.save(content, run / 'last.pth.tar')
+    result = supervit('evaluate', run, '--use-ema', *arguments)
+    assert result.exit_code == 1
+    assert f'{run}/last.pth.tar has no averaged weights' in result.stderr
