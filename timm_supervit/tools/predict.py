@@ -25,6 +25,7 @@ from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .data import ReadableImages, create_evaluation_loader
 from .evaluate import check_finite
+from .files import check_output_folder
 from .fingerprint import fingerprint
 from .progress import Progress, silent
 
@@ -276,7 +277,7 @@ def open_log(path: Path, run: str, dataset: Any, share: Share) -> Iterator[Log]:
         OSError: If it cannot be written.
         ValueError: If it holds anything else; it stays as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output_folder(path.parent)
     is_stream = isinstance(dataset, IterableDataset)
     done, size, failed = 0, 0, []
     path.touch()
