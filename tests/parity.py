@@ -16,13 +16,20 @@ def list_grid(model: Any) -> list[tuple[int, float]]:
     return [(img_size, keep_rate) for img_size in model.img_sizes for keep_rate in model.keep_rates]
 
 
-def create_official(name: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **kwargs: Any) -> Any:
-    """Build the network that the official numbers were taken from, with its weights."""
+def build_official(name: str, settings: dict[str, Any]) -> Any:
+    """Build the network that official numbers were taken from."""
     config = settings['config']
-    model = timm.create_model(
+    extra = {key: config[key] for key in ('mlp_ratio', 'skip_lam') if key in config}
+    extra |= {key: settings[key] for key in ('cls_weight', 'dense_weight') if key in settings}
+    return timm.create_model(
         name, img_sizes=config['img_size_list'], keep_rates=settings['keep_rates'], drop_layers=settings['drop_layers'],
         patch_size=config['patch_size'], embed_dim=config['embed_dim'], depth=config['depth'],
-        num_heads=config['num_heads'], num_classes=config['num_classes'], **kwargs)
+        num_heads=config['num_heads'], num_classes=config['num_classes'], **extra)
+
+
+def create_official(name: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
+    """Build the network that the official numbers were taken from, with its weights."""
+    model = build_official(name, settings)
     model.load_state_dict({k.removeprefix('state_dict.'): v for k, v in tensors.items() if k.startswith('state_dict.')})
     return model
 

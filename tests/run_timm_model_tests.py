@@ -2,9 +2,11 @@
 
 They come from the source distribution of the installed timm, which pip downloads, and run as they are but for two
 lists: our modules and names are added to those of timm's vision transformers. Only the TorchScript tests are left out.
+``timm_variants.py`` adds networks on other backbones.
 Arguments are handed on to pytest.
 """
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +18,8 @@ import timm
 import torch
 from hub_server import hub_environment, serve
 from timm.models import save_for_hf
+
+VARIANTS = Path(__file__).with_name('timm_variants.py')
 
 
 def download_tests(folder: Path) -> Path:
@@ -74,9 +78,10 @@ def main() -> int:
         folder = Path(temporary)
         tests = download_tests(folder)
         source = tests.read_text()
-        modules = {entry_point.module.rpartition('.')[2] for entry_point in entry_points}
+        shutil.copy(VARIANTS, tests.with_name('conftest.py'))
+        modules = {entry_point.module.rpartition('.')[2] for entry_point in entry_points} | {'conftest'}
         source = add_to_list(source, 'FEAT_INTER_FILTERS', sorted(modules))
-        source = add_to_list(source, 'NON_STD_FILTERS', ['supervit_*'])
+        source = add_to_list(source, 'NON_STD_FILTERS', ['supervit', 'supervit_*'])
         tests.write_text(source)
         provide_weights(folder / 'hub', folder / 'torch', names)
         with serve(folder / 'hub') as url:

@@ -240,7 +240,7 @@ def test_every_command_with_an_output_is_tested_so(saving):
 def test_what_a_shell_sees_of_a_stdout_that_takes_no_more(target, codes, errors, unbuffered, tmp_path):
     path = save_results(Results('m', [dict(img_size=12, keep_rate=0.5, macs=10, top1=80.0)]), tmp_path, 'evaluate')[0]
     for command in ('recipe deit_small_in1k', f'choose {path}'):
-        shell = f'set -o pipefail; {sys.executable} -m timm_supervit.cli {command} {target}'
+        shell = f'set -o pipefail; {sys.executable} -m timm_supervit {command} {target}'
         result = subprocess.run(
             ['bash', '-c', shell], capture_output=True, text=True,
             env={**os.environ, 'PYTHONUNBUFFERED': unbuffered})

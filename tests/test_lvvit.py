@@ -83,11 +83,7 @@ def fixed_box(monkeypatch: pytest.MonkeyPatch) -> Any:
 def golden(load_golden: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
     """A model with the official weights, the official numbers, and their settings."""
     tensors, settings = load_golden('lvvit')
-    model = create_official(
-        'supervit_lvvit_small', tensors, settings,
-        mlp_ratio=settings['config']['mlp_ratio'], skip_lam=settings['config']['skip_lam'],
-        cls_weight=settings['cls_weight'], dense_weight=settings['dense_weight'])
-    return model, tensors, settings
+    return create_official('supervit_lvvit_small', tensors, settings), tensors, settings
 
 
 @pytest.mark.parametrize('share_prefix', [True, False])

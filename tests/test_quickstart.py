@@ -9,8 +9,10 @@ from collections import Counter
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from timm_supervit.cli import main
 from timm_supervit.tools import quickstart as quickstart_file
 from timm_supervit.tools.quickstart import load_digits, quickstart
 from timm_supervit.tools.results import load_results
@@ -40,7 +42,8 @@ def test_every_subnet_is_in_the_table_and_the_picture_is_there(run):
     with Image.open(folder / 'evaluate.png') as picture:
         picture.verify()
     assert {path.name for path in folder.iterdir()} == {
-        'config.json', 'evaluate.csv', 'evaluate.json', 'evaluate.png', 'model.safetensors'}
+        'config.json', 'evaluate.csv', 'evaluate.json', 'evaluate.png', 'model.safetensors', 'validation'}
+    assert sum(1 for _ in (folder / 'validation').glob('*/*.png')) == 360
 
 
 def test_the_folder_loads_as_the_model_that_was_evaluated(run):
@@ -69,7 +72,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(run, tmp_pa
 def test_an_interrupt_leaves_nothing_half_written(run, tmp_path):
     (tmp_path / 'evaluate.json').write_text('old')
     process = subprocess.Popen(
-        [sys.executable, '-m', 'timm_supervit.cli', 'quickstart', '--output', str(tmp_path)], stderr=subprocess.PIPE)
+        [sys.executable, '-m', 'timm_supervit', 'quickstart', '--output', str(tmp_path)], stderr=subprocess.PIPE)
     while len(list(tmp_path.iterdir())) == 1 and process.poll() is None:
         time.sleep(0.05)  # until its temporary folder is there, so that it has begun
     time.sleep(2)
@@ -97,3 +100,10 @@ def test_the_results_say_how_to_get_them_again(run):
     content = json.loads((folder / 'evaluate.json').read_text())
     assert content['model'] == f'local-dir:{folder}'
     assert content['info']['seed'] == 3
+
+
+def test_the_saved_images_give_the_same_results(run):
+    folder, results = run
+    command = ['evaluate', f'local-dir:{folder}', '--data-dir', str(folder), '--workers', '0', '--json', '-q']
+    printed = CliRunner().invoke(main, command)
+    assert json.loads(printed.stdout)['rows'] == results.rows

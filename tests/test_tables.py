@@ -101,7 +101,7 @@ def test_a_terminal_of_this_width_shows_every_column(width, tmp_path):
     ioctl(child, termios.TIOCSWINSZ, struct.pack('HHHH', 24, width, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ('COLUMNS', 'LINES')}
     environment['TERM'] = 'xterm'
-    command = [sys.executable, '-m', 'timm_supervit.cli', 'choose', path]
+    command = [sys.executable, '-m', 'timm_supervit', 'choose', path]
     with subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment) as process:
         os.close(child)
         shown = b''

@@ -1,4 +1,5 @@
 """The command ``supervit``: one subcommand for each tool, each in a file of its own, imported when it is called."""
+import difflib
 import importlib
 import sys
 from typing import Any
@@ -35,6 +36,12 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return importlib.import_module(f'{__name__}.{name}').command if name in _COMMANDS else None
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        near = difflib.get_close_matches(args[0], _COMMANDS, 1)
+        if near and args[0] not in _COMMANDS:
+            ctx.fail(f'No such command {args[0]!r}. Did you mean {near[0]!r}?')
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -47,8 +54,13 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 100})
+@click.group(
+    cls=_Commands, invoke_without_command=True,
+    context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 100})
 @click.version_option(package_name='timm-supervit')
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Super vision transformers: one network, many costs."""
     escape_unencodable()
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -1,13 +1,15 @@
 """``supervit cascade``: stages and thresholds for a cascade, found on held-out images."""
 import os
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @options.model_options
 @options.data_options
@@ -108,12 +110,14 @@ def command(
         'calibration_share': None if calibration_dir else calibration_share, 'seed': seed,
         'calibration_images': calibration.num_images, 'report_images': report.num_images,
         'top1': 100 * found.chosen.accuracy, costs.key: found.chosen.cost}
+    kind = {'weights_kind': network.weights_kind}
+    results = Results(network.name, found.front, info, fingerprint(model) | kind)
     if output:
         with fill_folder(output) as folder:  # all of it or nothing
             save_cascade(folder / 'cascade.json', model, network.name, answers[0], found, info)
-            kind = {'weights_kind': network.weights_kind}
-            save_results(Results(network.name, found.front, info, fingerprint(model) | kind), folder, 'cascade-front')
+            save_results(results, folder, 'cascade-front')
             draw_operating_points([*found.singles, *found.front], folder / 'cascade-front.png', title=network.name)
+    print_json(asdict(results) | {'chosen': found.row})
     cost = [costs.key] if profile else []
     print_table(
         list_table(found.front, ['cascade', 'top1', 'macs', *cost], 'Cascades'),

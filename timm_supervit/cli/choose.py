@@ -1,12 +1,13 @@
 """``supervit choose``: the subnet for a budget, from saved results."""
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @click.argument('results', nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option('--latency-ms', type=float, metavar='MS', help='Median latency of a batch, at most.')
@@ -41,10 +42,12 @@ def command(
     front = pareto_front(rows, cost)
     columns = ['img_size', 'keep_rate', 'top1', 'macs', 'latency_ms', 'throughput']
     shown = [key for key in columns if any(row.get(key) is not None for row in front)]
+    chosen = replace(merged, rows=front, info=merged.info | {'best': best})
     if output:
-        save_results(replace(merged, rows=front, info=merged.info | {'best': best}), output, 'choose')
+        save_results(chosen, output, 'choose')
     for path, info in merged.info['sources'].items():
         if info.get('partial'):
             echo(f'PARTIAL: {path} is of an interrupted run.')
+    print_json(asdict(chosen))
     print_table(list_table(front, shown, title='Pareto front'))
     echo(str(subnet_of(best)))

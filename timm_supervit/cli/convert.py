@@ -3,12 +3,13 @@ from typing import Any
 
 import click
 
-from .options import Command, class_names_option, load_network, setting_options
-from .stdout import echo
+from .options import Command, class_names_option, json_option, load_network, setting_options
+from .stdout import echo, print_json
 
 __all__ = ['command']
 
 
+@json_option
 @click.command(cls=Command)
 @click.argument('file', type=click.Path(exists=True, dir_okay=False))
 @click.option('--model', metavar='NAME', help='The model that the checkpoint is of, if it does not say so itself.')
@@ -56,6 +57,7 @@ def command(
         repo_id=push,
     )
     address = None if push is None else push_folder(output, push)  # before the first line, which can fail
+    print_json({'folder': output, 'address': address})
     echo(output)
     if address:
         echo(address)

@@ -1,14 +1,16 @@
 """``supervit evaluate``: accuracy and cost of every subnet."""
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @options.model_options
 @options.data_options
@@ -59,7 +61,7 @@ def command(
     from ..tools.data import create_evaluation_loader, open_dataset
     from ..tools.epochs import evaluate_epochs, find_epochs, table_of_epochs
     from ..tools.evaluate import evaluate
-    from ..tools.evaluate_cascade import count_calibration_images, evaluate_cascade, table_of_stages
+    from ..tools.evaluate_cascade import count_calibration_images, evaluate_cascade
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.progress import silent
@@ -76,7 +78,7 @@ def command(
     given = model_options['model']
     epochs = find_epochs(given) if Path(given).is_dir() else {}
     if cascade and epochs:
-        raise click.UsageError('--cascade is for one network; give the checkpoint of one epoch.')
+        raise click.UsageError(f'{given} holds several epochs, and a cascade is of one; give its checkpoint.')
     if epochs:
         model_options['model'] = str(epochs[max(epochs)])
     network = options.load_network(**model_options, name_classes=False)
@@ -96,12 +98,12 @@ def command(
             progress=track if is_primary(setup) else silent,
         )
         model.to(setup.device)
-        if cascade:
-            stages = Cascade.load(model, cascade)
-            results = evaluate_cascade(stages, loader, **arguments)
-        elif epochs:
+        if epochs:
             results = evaluate_epochs(
                 model, epochs, loader, subnets or None, use_ema=model_options['use_ema'], **arguments)
+        elif cascade:
+            stages = Cascade.load(model, cascade)
+            results = evaluate_cascade(stages, loader, **arguments)
         else:
             results = evaluate(model, loader, subnets or None, **arguments)
     finally:
@@ -116,8 +118,8 @@ def command(
     saved = ''
     if output:
         with fill_folder(output) as folder:  # all of it or nothing
-            name = 'evaluate-cascade' if cascade else 'epochs' if epochs else 'evaluate'
-            path = save_results(results, folder, name)[0]
+            path = save_results(
+                results, folder, 'epochs' if epochs else 'evaluate-cascade' if cascade else 'evaluate')[0]
             if not cascade:
                 draw_operating_points(
                     results.rows, path.with_suffix('.png'), x='epoch' if epochs else 'macs',
@@ -127,19 +129,23 @@ def command(
         rows, count = results.rows, len({row['epoch'] for row in results.rows}) if epochs else 0
         done = f'{count} of {len(epochs)} epochs' if epochs else f'{rows[0]["count"]} of {len(images)} images'
         echo(f'PARTIAL: interrupted after {done}{saved}.')
-    if cascade:
-        print_table(list_table(results.rows, ['cascade', 'top1', 'top5', 'macs', 'batch_size', 'latency_mean_ms']))
-        print_table(list_table(
-            table_of_stages(stages, results.rows[0]), ['stage', 'threshold', 'images [%]', 'macs'],
-            'Images that stop at each stage'))
-        if seen := count_calibration_images(cascade, data_dir, dataset, split):
-            echo(f'{seen} of these images calibrated the cascade, which flatters it; "supervit cascade" said what it '
-                 f'reaches on the others.', err=True)
-    elif epochs:
+    print_json(asdict(results))
+    if epochs:
         table = table_of_epochs(results)
         print_table(list_table(table, list(table[0]), title=f'{results.model}, top-1 [%]'))
+    elif cascade:
+        row = results.rows[0]
+        print_table(list_table(results.rows, ['cascade', 'top1', 'top5', 'macs', 'batch_size', 'latency_mean_ms']))
+        print_table(list_table([
+            {'stage': str(stage), 'threshold': threshold, 'images [%]': share, 'macs': macs} for
+            stage, threshold, share, macs in zip(
+                stages.stages, [*stages.thresholds, None], row['shares'], stages.macs, strict=True)],
+            ['stage', 'threshold', 'images [%]', 'macs'], 'Images that stop at each stage'))
     else:
         print_grids(results, ['top1', 'top5', 'macs'])
+    if cascade and (seen := count_calibration_images(cascade, data_dir, dataset, split)):
+        echo(f'{seen} of these images calibrated the cascade, which flatters it; "supervit cascade" said what it '
+             f'reaches on the others.', err=True)
     if results.info['skipped']:
         echo(f'{len(results.info["skipped"])} unreadable images were skipped:', err=True)
         echo('\n'.join(map(visible, results.info['skipped'])), err=True)

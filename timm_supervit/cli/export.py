@@ -9,14 +9,17 @@ from .options import (
     class_names_option,
     create_model,
     device_option,
+    json_option,
     model_options,
     resolve_device,
     subnet_option,
 )
+from .stdout import print_json
 
 __all__ = ['command']
 
 
+@json_option
 @click.command(cls=Command)
 @model_options
 @class_names_option
@@ -58,4 +61,5 @@ def command(
         {**entry, 'MiB': entry['bytes'] / 2 ** 20, 'largest difference': f'{max(entry["max_difference"].values()):.1e}'}
         for entry in manifest['files']
     ]
+    print_json(manifest)
     print_table(list_table(rows, ['img_size', 'keep_rate', 'macs', 'MiB', 'largest difference', 'file']))

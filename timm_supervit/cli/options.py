@@ -7,6 +7,7 @@ names is complete.
 import argparse
 import ast
 import contextlib
+import logging
 import pickle
 import signal
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from ..subnets import Subnet, check_img_size, check_keep_rate
-from ..tools.text import visible
+from .stdout import JSON, QUIET, note
 
 __all__ = [
     'INTERRUPTED',
@@ -29,6 +30,7 @@ __all__ = [
     'create_model',
     'data_options',
     'device_option',
+    'json_option',
     'load_network',
     'model_options',
     'output_option',
@@ -44,7 +46,18 @@ _EXTRA = {'click', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'rich', 's
 
 
 class Command(click.Command):
-    """A click command that takes ``--model-kwargs KEY=VALUE KEY=VALUE`` and whose failures are one clear line."""
+    """A click command that takes ``--model-kwargs KEY=VALUE KEY=VALUE`` and whose failures are one clear line.
+
+    All have ``--quiet`` and ``--verbose``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            _flag(QUIET, '-q', '--quiet', help='Print results and errors, no notes and no progress.'),
+            click.Option(
+                ['-v', '--verbose'], is_flag=True, expose_value=False, callback=_log_to_stderr,
+                help='Print what timm and this package log, too.')]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the name of ``--model-kwargs`` before each of its values, as click wants it."""
@@ -81,6 +94,28 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo('Interrupted.', err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _flag(key: str, *names: str, help: str) -> click.Option:
+    """Return a flag that is kept in the context, for what prints, and not handed to the command."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[key] = value
+
+    return click.Option(names, is_flag=True, expose_value=False, callback=keep, help=help)
+
+
+def _log_to_stderr(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        logging.basicConfig(format='%(name)s: %(message)s')
+        for name in ('timm', __name__.partition('.')[0]):
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def json_option(command: click.Command) -> click.Command:
+    """Add ``--json`` to a command that prints results."""
+    command.params.append(_flag(JSON, '--json', help='Print the results as JSON, and nothing else to stdout.'))
+    return command
 
 
 @contextlib.contextmanager
@@ -237,8 +272,11 @@ def load_network(
     network = networks.load_network(model, checkpoint, use_ema, namespace.model_kwargs, **kwargs)
     if network.path and network.checkpoint:
         show_weights(network.path, network.checkpoint)
+    elif kwargs.get('pretrained', True) and ':' not in network.name:
+        note(f'Weights: plain ones that {network.name} starts from, not super-trained: '
+             f'accuracy with few tokens or small images means nothing')
     if network.unnamed:
-        _show(f'Classes: without names, since {network.unnamed}; --class-names says where they are')
+        note(f'Classes: without names, since {network.unnamed}; --class-names says where they are')
     return network
 
 
@@ -257,13 +295,7 @@ def show_weights(path: str, checkpoint: Any) -> None:
     averaged = checkpoint.entry.endswith('_ema')
     others = [entry for entry in checkpoint.others if entry.endswith('_ema') != averaged]
     also = f' (it also has {others[0]}; {"leaving out " * averaged}--use-ema reads that)' if others else ''
-    line = f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}'
-    _show(line)
-
-
-def _show(line: str) -> None:
-    with contextlib.suppress(OSError):  # results matter more than this line to a reader who has gone
-        click.echo(visible(line), err=True)
+    note(f'Weights: {checkpoint.entry}{" of " * bool(checkpoint.entry)}{Path(path).name}{also}')
 
 
 def resolve_device(device: str | None) -> str:

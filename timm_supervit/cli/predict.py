@@ -9,9 +9,10 @@ import click
 
 from ..subnets import Subnet
 from . import options
-from .stdout import echo, write
+from .stdout import echo, note, wants_json, write
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @options.model_options
 @click.argument('paths', nargs=-1, type=click.Path(exists=True), metavar='IMAGE|FOLDER...')
@@ -21,7 +22,6 @@ from .stdout import echo, write
 @click.option('--subnet', type=options.SubnetType(), help='The subnet to run (default: the active one).')
 @options.cascade_option
 @click.option('--top', default=5, show_default=True, type=click.IntRange(1), help='Classes to name of each image.')
-@click.option('--json', 'as_json', is_flag=True, help='Print JSON lines instead of a table.')
 @click.option('-b', '--batch-size', default=64, show_default=True, type=click.IntRange(1), help='Images of a batch.')
 @click.option('-j', '--workers', default=0, show_default=True, type=click.IntRange(0), help='Processes reading images.')
 @options.class_names_option
@@ -40,7 +40,6 @@ def command(
         subnet: Subnet | None,
         cascade: str | None,
         top: int,
-        as_json: bool,
         batch_size: int,
         workers: int,
         device: str | None,
@@ -54,7 +53,7 @@ def command(
     Images are files, folders with all that is in them, or a data set of timm's with --dataset and --data-dir. They are
     prepared as for "supervit evaluate". With --output a run that was stopped goes on where it was when called again,
     and each process under torchrun takes its share of the images and writes a file of its own, FILE-RANK-of-SIZE.jsonl.
-    Images that cannot be read are named on stderr, and the exit code is then 1.
+    --json prints the same lines. Images that cannot be read are named on stderr, and the exit code is then 1.
 
     \b
     supervit predict local-dir:output/digits photo.png --subnet 16:0.7 --top 3
@@ -101,14 +100,14 @@ def command(
                 share_path(output, share), digest_run(model, how, names, top, precision, share.size), images, share))
             failed += log.failed
             if log.done and share.rank == 0:
-                echo(f'{log.done} images are in {log.path} already.', err=True)
+                note(f'{log.done} images are in {log.path} already.')
         for rows in predict(
                 classify, model, images, names, top=top, share=share, start=log.done if log else 0,
                 batch_size=batch_size, num_workers=workers, device=where,
                 amp_dtype=getattr(torch, amp_dtype) if amp else None, progress=silent if share.rank else track):
             if log:
                 log.write(rows)
-            elif as_json:
+            elif wants_json():
                 write(''.join(json.dumps(row) + '\n' for row in rows))
             else:
                 shown += rows

@@ -1,4 +1,5 @@
 """``supervit profile``: what each subnet costs on a machine."""
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ from .options import (
     Command,
     amp_options,
     device_option,
+    json_option,
     load_network,
     model_options,
     output_option,
     resolve_device,
     subnet_option,
 )
-from .stdout import echo
+from .stdout import echo, print_json
 
 __all__ = ['command']
 
 
+@json_option
 @click.command(cls=Command)
 @model_options
 @subnet_option
@@ -114,6 +117,7 @@ def command(
         saved = f'; saved as {Path(output) / path.name}'
     if results.partial:
         echo(f'PARTIAL: interrupted after {results.info["rounds"]} of {rounds} rounds{saved}.')
+    print_json(asdict(results))
     columns = [key for key, column in COLUMNS.items() if column.kind == 'cost']
     compared: dict[str, dict[str, Any]] = {}
     for setting, rows in by_setting.items():

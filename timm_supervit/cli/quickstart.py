@@ -1,10 +1,13 @@
 """``supervit quickstart``: one command that shows the whole way."""
+from dataclasses import asdict
+
 import click
 
 from . import options
-from .stdout import echo
+from .stdout import echo, print_json
 
 
+@options.json_option
 @click.command(cls=options.Command)
 @click.option(
     '--output', type=click.Path(file_okay=False), default='output/digits', show_default=True, metavar='DIR',
@@ -14,7 +17,8 @@ def command(output: str, seed: int) -> None:
     """Train a small SuperViT on handwritten digits and show what each of its subnets can do.
 
     Takes minutes on a CPU and downloads nothing. The folder holds the model, which
-    timm.create_model("local-dir:DIR", pretrained=True) loads, and evaluate.json, evaluate.csv and evaluate.png.
+    timm.create_model("local-dir:DIR", pretrained=True) loads, evaluate.json, evaluate.csv and evaluate.png, and the
+    360 held-out digits as images, for the other commands: --data-dir DIR.
 
     \b
     supervit quickstart --output output/digits
@@ -24,5 +28,6 @@ def command(output: str, seed: int) -> None:
     from .tables import print_grids
 
     results = quickstart(output, seed, progress=track)
+    print_json(asdict(results))
     print_grids(results, ['top1', 'macs'])
     echo(f'Saved to {output}.')

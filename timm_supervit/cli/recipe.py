@@ -5,8 +5,10 @@ from ..tools.recipes import read_recipe, recipe_names
 from .stdout import write
 
 
-@click.command(epilog='Example: supervit recipe deit_small_in1k > recipe.yaml; train.py -c recipe.yaml --data-dir DIR')
-@click.argument('name', type=click.Choice(recipe_names()))
+@click.command(
+    epilog=f'Names: {", ".join(recipe_names())}. '
+           f'Example: supervit recipe deit_small_in1k > recipe.yaml; train.py -c recipe.yaml --data-dir DIR')
+@click.argument('name', type=click.Choice(recipe_names()), metavar='NAME')
 def command(name: str) -> None:
     """Print the recipe NAME as the YAML that timm's train.py reads with -c."""
     write(read_recipe(name))

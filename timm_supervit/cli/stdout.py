@@ -1,25 +1,70 @@
-"""Writing to stdout. Results are saved by then, so what cannot be printed loses nothing, and is said or, in a closed
-pipe, expected.
+"""Writing results to stdout, as text or as JSON, and notes to stderr.
+
+Results are saved by then, so what cannot be printed loses nothing, and is said or, in a closed pipe, expected.
 """
 import codecs
+import contextlib
 import functools
 import io
+import json
 import os
 import sys
+from typing import Any
 
 import click
 
 from ..tools.text import visible
 
-__all__ = ['LAYOUT', 'echo', 'escape_unencodable', 'write']
+__all__ = [
+    'JSON',
+    'LAYOUT',
+    'QUIET',
+    'echo',
+    'escape_unencodable',
+    'is_quiet',
+    'note',
+    'print_json',
+    'wants_json',
+    'write',
+]
 
 LAYOUT = '\n\t'  # control characters that messages may hold
+# Keys of click's ``Context.meta``: whether stdout is to be JSON alone, and stderr to hold nothing but errors.
+JSON, QUIET = f'{__name__}.json', f'{__name__}.quiet'
 CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell says of a command whose reader has gone
 
 
+def wants_json() -> bool:
+    """Return whether stdout is to be JSON alone."""
+    return _is_set(JSON)
+
+
+def is_quiet() -> bool:
+    """Return whether stderr is to hold nothing but errors."""
+    return _is_set(QUIET)
+
+
+def _is_set(key: str) -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(key, False)
+
+
 def echo(message: str, err: bool = False) -> None:
-    """Print a message, with escape sequences in it shown and not run; see ``write``."""
-    write(f'{visible(message, keep=LAYOUT)}\n', err)
+    """Print a message, with escape sequences in it shown and not run; see ``write``. JSON sends it to stderr."""
+    write(f'{visible(message, keep=LAYOUT)}\n', err or wants_json())
+
+
+def note(line: str) -> None:
+    """Print a line to stderr that is no result and no error, unless it is to be quiet."""
+    if not is_quiet():
+        with contextlib.suppress(OSError):  # results matter more than this line to a reader who has gone
+            click.echo(visible(line), err=True)
+
+
+def print_json(content: Any) -> None:
+    """Print results as JSON, if that was asked for; tables then print nothing."""
+    if wants_json():
+        write(json.dumps(content, indent=2) + '\n')
 
 
 def write(text: str, err: bool = False) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from ..subnets import format_size, sort_sizes
 from ..tools.results import Results, Row, column_of
 from ..tools.text import visible
-from .stdout import write
+from .stdout import wants_json, write
 
 __all__ = ['UncutTable', 'grid_table', 'list_table', 'print_grids', 'print_table']
 
@@ -114,7 +114,9 @@ def list_table(rows: Sequence[Row], columns: Sequence[str], title: str = '') -> 
 
 
 def print_table(*tables: UncutTable) -> None:
-    """Print tables to stdout, side by side where they fit."""
+    """Print tables to stdout, side by side where they fit; nothing where stdout is JSON."""
+    if wants_json():
+        return
     stdout = Console()
     # Rich would end the process where stdout is closed, so it writes to memory.
     memory = _Memory(stdout.encoding)

@@ -1,4 +1,5 @@
 """``supervit visualize``: which patches of an image each subnet keeps."""
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ from .options import (
     Command,
     class_names_option,
     device_option,
+    json_option,
     load_network,
     model_options,
     resolve_device,
     subnet_option,
 )
+from .stdout import print_json
 
 __all__ = ['command']
 
 
+@json_option
 @click.command(cls=Command)
 @model_options
 @class_names_option
@@ -37,7 +41,8 @@ def command(
 
     MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
 
-    The picture has one row for each image and subnet: the image at the subnet's size, then what is left of it after
+    The picture has one row for each image and subnet, by default the largest and the smallest size at the lowest keep
+    rate, or of several images the largest size alone: the image at the subnet's size, then what is left of it after
     each block that drops tokens; above it the prediction and the cost. --output gets visualize.png, and the
     predictions as visualize.json and visualize.csv.
 
@@ -48,7 +53,7 @@ def command(
     """
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.results import save_results
-    from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image, summarize
+    from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image, summarize, telling_subnets
     from .tables import list_table, print_table
 
     check_output_folder(output)
@@ -57,11 +62,12 @@ def command(
     found = []
     for path in images:
         found += find_kept_tokens(
-            supervit, read_image(path, supervit), subnets or supervit.subnets, Path(path).stem)
+            supervit, read_image(path, supervit), subnets or telling_subnets(supervit, len(images)), Path(path).stem)
     results = summarize(found, supervit, network.name)
     results.network['weights_kind'] = network.weights_kind
     with fill_folder(output) as folder:  # all of it or nothing
         save_results(results, folder, 'visualize')
         draw_kept_tokens(found, folder / 'visualize.png')
+    print_json(asdict(results))
     print_table(list_table(
         results.rows, ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']))

@@ -48,8 +48,9 @@ from ..subnets import (
     sort_sizes,
 )
 from ..timm_patches import allow_recompilation
+from .hybrid_stem import count_positions
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock, select_tokens
-from .weights import adapt_state_dict, check_names, checkpoint_filter_fn
+from .weights import adapt_state_dict, check_names, checkpoint_filter_fn, plain_views
 
 __all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
@@ -125,6 +126,9 @@ class SuperVisionTransformer(VisionTransformer):
     """
 
     task_class = 'timm_supervit.task:SuperViTTask'
+    class_tokens: tuple[str, ...] = ('cls_token',)  # parameters; with the register tokens they are the prefix tokens
+    pos_embed_resampling: dict[str, Any] = {}  # how a plain one is, where not as ``resample_abs_pos_embed`` does
+    _stem_positions: dict[str, int] = {}  # at how many each convolution of a stem is computed for one of its map
 
     def __init__(
             self,
@@ -165,11 +169,12 @@ class SuperVisionTransformer(VisionTransformer):
             ValueError: If a setting does not fit; the message says what would.
         """
         for name, required in dict(
-                class_token=True, pos_embed='learn', dynamic_img_size=False, dynamic_img_pad=False, patch_drop_rate=0.,
+                class_token=True, pos_embed='learn', dynamic_img_pad=False, patch_drop_rate=0.,
         ).items():
             if kwargs.pop(name, required) != required:
                 raise ValueError(f'SuperViT needs {name}={required!r}: it ranks patches by the class token and has one '
                                  f'learned position embedding for each of its img_sizes')
+        kwargs.pop('dynamic_img_size', None)  # in timm the weights are the same with it, and here each size has its own
         patch_size = check_patch_size(patch_size)
         img_sizes = check_img_sizes(img_sizes, patch_size)
         keep_rates = check_keep_rates(keep_rates)
@@ -182,12 +187,19 @@ class SuperVisionTransformer(VisionTransformer):
             reg_tokens=reg_tokens,
             pos_embed='none',  # replaced by pos_embed_list
             embed_layer=partial(embed_layer, strict_img_size=False),
-            block_fn=partial(block_fn, num_prefix_tokens=1 + reg_tokens),  # type: ignore[arg-type]
+            block_fn=partial(  # type: ignore[arg-type]
+                block_fn, num_prefix_tokens=len(self.class_tokens) + reg_tokens),
             attn_layer=_check_attn_layer(attn_layer),
             device=device,
             dtype=dtype,
             **kwargs,
         )
+        if self.num_prefix_tokens != len(self.class_tokens) + reg_tokens:
+            raise ValueError(f'reg_tokens {reg_tokens}: this network has none beside its class tokens; leave them out')
+        self.pos_embed = None
+        check_img_sizes(img_sizes, patch_size * self._stem_reduction)
+        if hasattr(self.patch_embed, 'backbone'):
+            self._stem_positions = count_positions(self.patch_embed.backbone, self.patch_embed.feature_ratio)
         self.img_sizes = img_sizes
         self.keep_rates = keep_rates
         self.drop_layers = drop_layers
@@ -224,7 +236,11 @@ class SuperVisionTransformer(VisionTransformer):
     @subnet.setter
     def subnet(self, subnet: tuple[Size, float]) -> None:
         self._subnet = check_subnet(subnet, self.img_sizes)
-        self._record_for_export(img_size=self._subnet.img_size, keep_rate=self._subnet.keep_rate)
+        self.record_settings(img_size=self._subnet.img_size, keep_rate=self._subnet.keep_rate)
+
+    @property
+    def _stem_reduction(self) -> int:
+        return getattr(self.patch_embed, 'feature_ratio', (1, 1))[0]  # of a convolutional stem, before the patches
 
     def grid_size(self, img_size: Size) -> tuple[int, int]:
         """Return the rows and columns of patches of an image."""
@@ -259,20 +275,25 @@ class SuperVisionTransformer(VisionTransformer):
         return macs + self._head_macs(num_patches)
 
     def _embed_macs(self, num_patches: int) -> int:
-        return num_patches * linear_macs(self.patch_embed.proj)
+        stem, macs = self.patch_embed, num_patches * linear_macs(self.patch_embed.proj)
+        num_positions = num_patches * math.prod(stem.patch_size)  # of a convolutional stem's map
+        return macs + num_positions * sum(
+            count * linear_macs(stem.backbone.get_submodule(name)) for name, count in self._stem_positions.items())
 
     def _head_macs(self, num_patches: int) -> int:
         num_tokens, pool = num_patches + self.num_prefix_tokens, self.attn_pool
-        macs = linear_macs(self.get_classifier()) * (1 if self.global_pool else num_tokens)
+        heads: Any = self.get_classifier()  # a pair of them in timm's distilled networks
+        macs = sum(map(linear_macs, heads if isinstance(heads, tuple) else (heads,)))
+        macs *= 1 if self.global_pool else num_tokens
         if self.global_pool == 'map':
             num_keys = num_tokens if self.pool_include_prefix else num_patches
             rest = linear_macs(pool) - linear_macs(pool.kv) + 2 * num_keys * self.embed_dim
             return macs + num_keys * linear_macs(pool.kv) + pool.latent_len * rest
         return macs + 2 * num_tokens ** 2 * self.embed_dim * (self.global_pool == 'prr')
 
-    def _record_for_export(self, **settings: Any) -> None:
-        # What timm's export writes as the model's arguments, for settings changed after create_model. timm has
-        # functions for it, but in a private module that not every version next to a train.py has.
+    def record_settings(self, **settings: Any) -> None:
+        """Record arguments by which timm's export creates the model again, beside those of ``create_model``."""
+        # timm has functions for it, but in a private module that not every version next to a train.py has.
         self._model_args = getattr(self, '_model_args', {}) | settings
         if 'img_size' in settings:
             self._traits = getattr(self, '_traits', {}) | {'img_size': size_2d(settings['img_size'])}
@@ -318,6 +339,16 @@ class SuperVisionTransformer(VisionTransformer):
         if strict:
             check_names(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load the weights in an original JAX file (``.npz``) of a ViT, as timm's ViT does.
+
+        Args:
+            checkpoint_path: The file.
+            prefix: What its names begin with.
+        """
+        for plain in plain_views(self):  # each takes the position embedding of its size, and all take the rest
+            VisionTransformer.load_pretrained(plain, checkpoint_path, prefix)  # type: ignore[arg-type]
 
     def __prepare_scriptable__(self) -> Any:  # noqa: D105, what torch.jit.script calls first
         raise NotImplementedError(
@@ -367,7 +398,7 @@ class SuperVisionTransformer(VisionTransformer):
         """
         new_size = self.subnet.img_size if img_size is None else check_img_size(img_size)
         new_patch = self.patch_embed.patch_size[0] if patch_size is None else check_patch_size(patch_size)
-        img_sizes = check_img_sizes(sort_sizes({*self.img_sizes, new_size}), new_patch)
+        img_sizes = check_img_sizes(sort_sizes({*self.img_sizes, new_size}), new_patch * self._stem_reduction)
         old_sizes, old_grids = self.img_sizes, [self.grid_size(size) for size in self.img_sizes]
         super().set_input_size(img_size=size_2d(img_sizes[-1]), patch_size=(new_patch,) * 2)
         pos_embeds = []
@@ -378,7 +409,7 @@ class SuperVisionTransformer(VisionTransformer):
                 old.detach(), self.grid_size(size), old_grids[nearest], self.num_embed_prefix_tokens)
             pos_embeds.append(old if self.grid_size(size) == old_grids[nearest] else nn.Parameter(new, requires_grad))
         self.img_sizes = img_sizes
-        self._record_for_export(img_sizes=img_sizes)
+        self.record_settings(img_sizes=img_sizes)
         self.pos_embed_list = PositionEmbeddings(pos_embeds)
         self.subnet = Subnet(new_size, self.subnet.keep_rate)
 
@@ -390,7 +421,8 @@ class SuperVisionTransformer(VisionTransformer):
         """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
         x = self.embed_patches(resize_images(x, img_size, self.in_chans), **kwargs)
         pos_embed = self.pos_embed_list.select(self.img_sizes.index(img_size))
-        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = [getattr(self, name) for name in (*self.class_tokens, 'reg_token')]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
         if self.no_embed_class:
             x = torch.cat([*prefix, x + pos_embed], dim=1)
         else:
@@ -511,8 +543,10 @@ class SuperVisionTransformer(VisionTransformer):
         for i in branch.blocks:
             if i in branch.drops:
                 x = self._run_block(i, x, num_keep=branch.drops[i])
+            elif branch.prefix_only and i == branch.blocks[-1]:
+                x = self._run_block(i, x, prefix_only=True)
             else:
-                x = self._run_block(i, x, prefix_only=branch.prefix_only and i == branch.blocks[-1])
+                x = self._run_block(i, x)
         if not branch.parts:
             yield branch, x
             return
@@ -663,14 +697,19 @@ default_cfgs = generate_default_cfgs({
 def create_supervit(
         variant: str,
         pretrained: bool = False,
-        model_cls: type[SuperVisionTransformer] = SuperVisionTransformer,
+        model_cls: Callable[..., SuperVisionTransformer] = SuperVisionTransformer,
+        filter_fn: Callable[..., dict[str, Any]] = checkpoint_filter_fn,
         **kwargs: Any,
 ) -> SuperVisionTransformer:
     """Build a registered variant by timm's builder, which loads weights and wraps features."""
+    if 'backbone' in kwargs:
+        raise ValueError(
+            f'{variant} has a backbone of its own; timm.create_model("supervit", backbone={kwargs["backbone"]!r}) '
+            f'takes any ViT of timm')
     out_indices = kwargs.pop('out_indices', 3)
     largest = None
     if 'img_sizes' in kwargs:
-        sizes = check_img_sizes(kwargs['img_sizes'], check_patch_size(kwargs['patch_size']))
+        sizes = check_img_sizes(kwargs['img_sizes'], check_patch_size(kwargs.get('patch_size', 16)))
         largest, active = sizes[-1], kwargs.get('img_size')
         # timm's default for img_size is the input size of the variant, or what a saved folder says, which need not be
         # in another grid.
@@ -683,7 +722,7 @@ def create_supervit(
             variant,
             pretrained,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=filter_fn,
             **kwargs,
         )
     except (EOFError, RuntimeError, SafetensorError) as error:

@@ -7,7 +7,8 @@ passes; names where all of them must be there: with ``strict=True``, and in a fi
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..subnets import find_nearest_size
 
-__all__ = ['adapt_state_dict', 'check_names', 'checkpoint_filter_fn']
+__all__ = ['adapt_state_dict', 'check_names', 'checkpoint_filter_fn', 'plain_views', 'read_backbone']
 
 _logger = logging.getLogger(__name__)
 
@@ -62,12 +63,53 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, An
     """
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     norm = '' if 'fc_norm.weight' in {*state_dict, *model.state_dict()} else r'|norm\.'  # else it goes with the head
-    check_names(model, state_dict, 'cls_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
-    key, kernel = 'patch_embed.proj.weight', model.patch_embed.proj.weight.shape[2:]
-    if state_dict[key].ndim == 4 and state_dict[key].shape[2:] != kernel:
+    check_names(model, state_dict, 'cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
+    key, kernel = 'patch_embed.proj.weight', _get_kernel(model)
+    if key in state_dict and state_dict[key].ndim == 4 and state_dict[key].shape[2:] != kernel:
         _fit_pos_embeds(model, state_dict, '')  # while the weights tell what size in pixels theirs are of
         state_dict[key] = resample_patch_embed(state_dict[key], list(kernel), verbose=True)
     return state_dict
+
+
+class PlainView:
+    """A SuperViT as timm's readers of weights see a plain ViT: with one position embedding, of one image size."""
+
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+def plain_views(model: Any) -> Iterator[PlainView]:
+    """Yield a SuperViT as the plain ViT of each of its image sizes."""
+    for img_size, pos_embed in zip(model.img_sizes, model.pos_embed_list, strict=True):
+        patch_embed = PlainView(model.patch_embed, grid_size=model.grid_size(img_size))
+        yield PlainView(model, pos_embed=pos_embed, patch_embed=patch_embed)
+
+
+def read_backbone(filter_fn: Callable[..., Any], state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return the weights in a file of a backbone, read as a plain ViT of each image size reads them.
+
+    Args:
+        filter_fn: The backbone's own reader, which takes a state dict and the model.
+        state_dict: What is in the file.
+        model: The SuperViT.
+    """
+    state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
+    if 'pos_embed_list.0' in state_dict:  # a SuperViT's own
+        return checkpoint_filter_fn(state_dict, model)
+    *others, largest = plain_views(model)
+    result = filter_fn(_copy(state_dict), largest)  # readers change what they are given
+    if 'pos_embed' in result:
+        for i, plain in enumerate(others):
+            result[f'pos_embed_list.{i}'] = filter_fn(_copy(state_dict), plain)['pos_embed']
+        result[f'pos_embed_list.{len(others)}'] = result.pop('pos_embed')
+    return checkpoint_filter_fn(result, model)
+
+
+def _copy(state_dict: Any) -> Any:
+    return {key: _copy(value) for key, value in state_dict.items()} if isinstance(state_dict, dict) else state_dict
 
 
 def _find_pos_embeds(model: Any, names: Iterable[str]) -> list[str]:
@@ -88,7 +130,7 @@ def _fit_pos_embeds(model: Any, state_dict: dict[str, Any], prefix: str) -> None
     """Put a position embedding for every image size of a model in the place of those in a state dict."""
     own = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     names = [prefix + name for name in _find_pos_embeds(model, own)]
-    kernel = model.patch_embed.proj.weight.shape[-1]
+    kernel = _get_kernel(model)[-1]
     grids, num_prefix_tokens = list(map(model.grid_size, model.img_sizes)), model.num_embed_prefix_tokens
     lengths = {f'{prefix}pos_embed_list.{i}': (math.prod(grid) + num_prefix_tokens,) for i, grid in enumerate(grids)}
     old = [state_dict[name] for name in names]
@@ -100,8 +142,8 @@ def _fit_pos_embeds(model: Any, state_dict: dict[str, Any], prefix: str) -> None
         old_kernel = weight.shape[-1] if getattr(weight, 'ndim', 0) == 4 else kernel
         old_sizes = [(rows * old_kernel, cols * old_kernel) for rows, cols in old_grids]
         nearest = [find_nearest_size((rows * kernel, cols * kernel), old_sizes) for rows, cols in grids]
-        new = [resample_abs_pos_embed(old[i], list(grid), list(old_grids[i]), num_prefix_tokens)
-               for grid, i in zip(grids, nearest, strict=True)]
+        resample = partial(resample_abs_pos_embed, num_prefix_tokens=num_prefix_tokens, **model.pos_embed_resampling)
+        new = [resample(old[i], list(grid), list(old_grids[i])) for grid, i in zip(grids, nearest, strict=True)]
     except Exception as error:  # no tensor, another layout, ...
         _refuse(model, state_dict, prefix, [f'{names[0]} cannot be resampled: {error}'])
     for name in names:
@@ -110,6 +152,11 @@ def _fit_pos_embeds(model: Any, state_dict: dict[str, Any], prefix: str) -> None
     _logger.info(
         f'Position embeddings of {", ".join(f"{rows} x {cols}" for rows, cols in old_grids)} patches resampled for '
         f'img_sizes {model.img_sizes}, each from the nearest')
+
+
+def _get_kernel(model: Any) -> Sequence[int]:
+    weight = getattr(model.patch_embed.proj, 'weight', None)  # none where a convolutional stem makes the tokens
+    return (1, 1) if weight is None else weight.shape[2:]
 
 
 def _guess_grid(num_patches: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -74,7 +74,9 @@ def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validati
         RuntimeError: If it holds no image.
         ValueError: If there is no such kind of data set, or it needs a folder.
     """
-    if not dataset and not (data_dir and os.path.exists(data_dir)):
+    if not dataset and not data_dir:
+        raise ValueError('no images: give a folder of them with --data-dir, or a data set with --dataset')
+    if not dataset and not os.path.exists(str(data_dir)):
         raise FileNotFoundError(f'the folder of images {data_dir!r} does not exist; give another with --data-dir')
     try:
         return create_dataset(dataset, root=data_dir, split=split)

@@ -13,9 +13,9 @@ from .cascade import cascade_text
 from .evaluate import bad_images, check_finite, count_hits
 from .fingerprint import fingerprint
 from .progress import Progress, silent
-from .results import Results, Row
+from .results import Results
 
-__all__ = ['count_calibration_images', 'evaluate_cascade', 'table_of_stages']
+__all__ = ['count_calibration_images', 'evaluate_cascade']
 
 
 def evaluate_cascade(
@@ -93,13 +93,6 @@ def evaluate_cascade(
         'latency_mean_ms': 1e3 * sum(duration for duration, _ in seconds) / max(sum(size for _, size in seconds), 1),
     }
     return Results(name, [row], {'partial': partial, 'skipped': skipped}, fingerprint(model))
-
-
-def table_of_stages(cascade: Cascade, row: Row) -> list[Row]:
-    """Return a row for each stage of a cascade: what ``evaluate_cascade`` saw of it, for a table."""
-    columns = zip(cascade.stages, [*cascade.thresholds, None], row['shares'], cascade.macs, strict=True)
-    return [{'stage': str(stage), 'threshold': threshold, 'images [%]': share, 'macs': macs}
-            for stage, threshold, share, macs in columns]
 
 
 def count_calibration_images(path: str | os.PathLike, data_dir: str | None, dataset: str, split: str) -> int:

@@ -15,6 +15,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
+from ..models.backbone import supervit
 from ..models.lvvit import SuperLVViT
 from ..models.supervit import SuperVisionTransformer
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
@@ -126,7 +127,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     known: dict[str, inspect.Parameter] = {}
     for cls in reversed(SuperLVViT.__mro__[:-1]):  # it, the other SuperViTs and timm's ViT; not ``object``
         known |= inspect.signature(cls).parameters
-    names = known.keys() - {'args', 'kwargs'}
+    known |= inspect.signature(supervit).parameters  # of all factories the only one with a setting of its own
+    names = known.keys() - {'args', 'kwargs', 'pretrained'}
     for name, value in settings.items():
         if name not in names:
             near = difflib.get_close_matches(str(name), names, 1)

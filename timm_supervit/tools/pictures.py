@@ -69,7 +69,7 @@ def draw_operating_points(
             points.append((row[x] / across.scale, row[y] / up.scale, subnet))
     for points in lines.values():
         color = colors[points[0][2].img_size]
-        points.sort()
+        points.sort(key=lambda point: point[:2])
         axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=0.9 if over_epochs else 1.8)
         for right, high, subnet in points:
             axes.plot(

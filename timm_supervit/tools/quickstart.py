@@ -85,6 +85,15 @@ def train(model: Any, examples: list[Example], epochs: int, progress: Progress =
     model.eval()
 
 
+def save_images(examples: list[Example], folder: Path) -> None:
+    """Write examples as a data set that timm reads, a folder of PNG files for each class."""
+    for target in sorted({target for _, target in examples}):
+        with fill_folder(folder / str(target)) as images:
+            for i, (image, own) in enumerate(examples):
+                if own == target:
+                    image.save(images / f'{i:03}.png')
+
+
 def quickstart(
         output: str | os.PathLike = 'output/digits',
         seed: int = 42,
@@ -95,8 +104,8 @@ def quickstart(
 
     Args:
         output: Folder for the model, which ``timm.create_model('local-dir:...', pretrained=True)`` loads, the results
-            as ``evaluate.json`` and ``evaluate.csv`` and their picture ``evaluate.png``. Nothing is written before all
-            of it is there.
+            as ``evaluate.json`` and ``evaluate.csv``, their picture ``evaluate.png``, and the held-out digits as a data
+            set of images, ``validation/CLASS/NUMBER.png``. Nothing is written before all of it is there.
         seed: Start of all random numbers; the same seed gives the same numbers.
         epochs: Passes over the training digits.
         progress: Follows the epochs and the batches of the evaluation, such as ``tqdm.tqdm``.
@@ -119,7 +128,9 @@ def quickstart(
         if results.partial:
             raise KeyboardInterrupt
         results.info |= {'seed': seed, 'epochs': epochs}
+        model.pretrained_cfg['label_names'] = [str(digit) for digit in range(model.num_classes)]
         timm.models.save_for_hf(model, str(folder), safe_serialization=True)
         save_results(results, folder, 'evaluate')
         draw_operating_points(results.rows, folder / 'evaluate.png', title='supervit_digits on held-out digits')
+        save_images(held_out, Path(output) / 'validation')
     return results

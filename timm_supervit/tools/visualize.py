@@ -19,7 +19,15 @@ from .fingerprint import fingerprint
 from .pictures import save_picture
 from .results import Results, column_of
 
-__all__ = ['KeptTokens', 'class_name', 'draw_kept_tokens', 'find_kept_tokens', 'read_image', 'summarize']
+__all__ = [
+    'KeptTokens',
+    'class_name',
+    'draw_kept_tokens',
+    'find_kept_tokens',
+    'read_image',
+    'summarize',
+    'telling_subnets',
+]
 
 _MASK_COLOR, _MASK_OPACITY = 0.93, 0.85  # light, as on paper; what was dropped shines through
 
@@ -64,6 +72,17 @@ def class_name(model: SuperVisionTransformer, index: int) -> str:
     """Return the name of a class: the model's own, or ImageNet's where the number of classes is one of its subsets'."""
     names = class_names(model)
     return names[index] if names else f'class {index}'
+
+
+def telling_subnets(model: SuperVisionTransformer, num_images: int) -> list[Subnet]:
+    """Return the subnets to draw where none are asked for: few, so that the picture fits a screen, and that drop most.
+
+    Args:
+        model: The model.
+        num_images: Images in the picture.
+    """
+    sizes = dict.fromkeys([model.img_sizes[-1], model.img_sizes[0]])
+    return [Subnet(size, model.keep_rates[0]) for size in sizes][:2 if num_images == 1 else 1]
 
 
 @torch.inference_mode()

@@ -1,0 +1,18 @@
+"""Further networks for timm's own model tests, whose ``conftest.py`` this file becomes there."""
+from typing import Any
+
+from timm.models import register_model
+
+from timm_supervit.models.backbone import supervit
+
+
+@register_model
+def supervit_hybrid(pretrained: bool = False, **kwargs: Any) -> Any:
+    """SuperViT on a network whose patches are of a convolutional stem's map."""
+    return supervit(pretrained, backbone='vit_tiny_r_s16_p8_224', **kwargs)
+
+
+@register_model
+def supervit_distilled(pretrained: bool = False, **kwargs: Any) -> Any:
+    """SuperViT on a network with two heads."""
+    return supervit(pretrained, backbone='deit_tiny_distilled_patch16_224', **kwargs)
