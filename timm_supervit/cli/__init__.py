@@ -21,6 +21,7 @@ _COMMANDS = {
     'profile': 'Measure what each subnet costs: MACs, latency, throughput and memory.',
     'choose': 'Choose the most accurate subnet that fits a budget.',
     'cascade': 'Let easy images stop at a cheap subnet: find the stages and when to stop.',
+    'predict': 'Say what images show, and which subnet says so.',
     'visualize': 'Draw which patches of an image each subnet keeps.',
     'export': 'Write subnets as ONNX files or torch.export programs, checked against the model.',
     'convert': 'Turn a checkpoint into a model folder for the Hugging Face Hub.',

@@ -23,6 +23,7 @@ from .stdout import JSON, QUIET, note
 __all__ = [
     'INTERRUPTED',
     'Command',
+    'SubnetType',
     'amp_options',
     'cascade_option',
     'class_names_option',
