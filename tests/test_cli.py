@@ -171,7 +171,7 @@ def saving(checkpoint, images, tmp_path):
         'choose': ([saved], tables[:2]),
         'visualize': ([*model, image, '--subnet', '12:0.5'], tables),
         'export': ([*model, '--format', 'pt2', '--subnet', '12:0.5'],
-                   ['supervit_digits-12-0.5.pt2', 'supervit_digits-pt2.json']),
+                   ['supervit_digits-12-0.5.pt2', 'supervit_digits-12-0.5.pt2.json']),
         'convert': ([checkpoint, '--model', 'supervit_digits', '--num-classes', 2],
                     ['README.md', 'config.json', 'model.safetensors']),
         'quickstart': (['--seed', 3], [*tables, 'config.json', 'model.safetensors']),
@@ -188,7 +188,7 @@ def run_into(monkeypatch):
     digits = [(Image.new('RGB', (24, 24)), 0)]
     monkeypatch.setattr(quickstart, 'load_digits', lambda size: (digits, digits))
     monkeypatch.setattr(quickstart, 'train', lambda *args: None)
-    monkeypatch.setattr(export, 'write_program', lambda network, images, path, format: path.touch())
+    monkeypatch.setattr(export, 'write_program', lambda network, images, path, format, facts: path.touch())
     monkeypatch.setattr(export, '_compare', lambda *args: {'1': 0.})
 
     def run(file, arguments):

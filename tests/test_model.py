@@ -1021,7 +1021,7 @@ def test_a_compiled_model_follows_the_active_subnet(small_model: Any, images: Te
 @pytest.mark.parametrize('subnet', [(64, 1.0), (48, 0.6)])
 def test_a_subnet_exports_with_any_batch_size(small_model: Any, images: Tensor, subnet: tuple[int, float]) -> None:
     model = small_model(img_size=subnet[0], keep_rate=subnet[1])
-    batch = torch.export.Dim('batch', min=1)
+    batch = torch.export.Dim('batch', min=1, max=1024)  # without a bound torch 2.5 finds fault with the largest integer
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch}, None, None)[:1]).module()
     for size in (1, 2, 5):
         x = torch.randn(size, 3, 64, 64)

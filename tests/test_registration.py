@@ -7,7 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,11 @@ def test_public_names_are_resolved_on_first_use() -> None:
         'Subnet', 'SuperVisionTransformer', 'SuperViTTask']
     with pytest.raises(AttributeError, match='Subnets'):
         _ = timm_supervit.Subnets
+
+
+def test_the_package_states_its_version_and_that_it_is_typed() -> None:
+    assert timm_supervit.__version__ == version('timm-supervit')
+    assert (Path(timm_supervit.__file__).parent / 'py.typed').is_file()
 
 
 ORDERS = {

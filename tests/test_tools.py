@@ -20,7 +20,7 @@ from timm_supervit.tools.choose import best_subnet, merge_results, pareto_front
 from timm_supervit.tools.convert import convert_checkpoint
 from timm_supervit.tools.data import create_evaluation_loader, open_dataset
 from timm_supervit.tools.evaluate import evaluate
-from timm_supervit.tools.export import export_subnets
+from timm_supervit.tools.export import export_model
 from timm_supervit.tools.files import check_output_folder, fill_folder, replace_file
 from timm_supervit.tools.fingerprint import fingerprint
 from timm_supervit.tools.macs import count_macs
@@ -366,7 +366,7 @@ def test_every_tool_takes_the_macs_that_the_model_gives(tmp_path, monkeypatch):
         evaluate(model, loader, [subnet]).rows[0]['macs'],
         profile(model, [subnet], rounds=2).rows[0]['macs'],
         find_kept_tokens(model, torch.zeros(3, 24, 24), [subnet])[0].macs,
-        export_subnets(model, [subnet], tmp_path, 'pt2')['files'][0]['macs'],
+        export_model(model, tmp_path, 'pt2', [subnet])[0]['subnets'][0]['macs'],
     ]
     assert counted == [1016] * 4
 

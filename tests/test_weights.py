@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -533,6 +534,7 @@ def test_lenient_loading_tells_what_is_missing_and_unknown(create: Any, what: st
     assert_same_weights(model, before | {name: value for name, value in weights.items() if name in before})
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ < '2', reason='older ones load no shards strictly, of any module')
 def test_a_folder_of_shards_is_loaded_shard_by_shard(create: Any, tmp_path: Path) -> None:
     source, model = create(), create()
     save_torch_model(source, tmp_path, max_shard_size='100KB')

@@ -1,5 +1,6 @@
 """Super Vision Transformer (SuperViT, arXiv 2205.11397) as a plugin of timm."""
 import importlib
+import importlib.metadata
 from typing import Any
 
 from .registration import install_hooks
@@ -22,6 +23,8 @@ install_hooks()
 
 
 def __getattr__(name: str) -> Any:
+    if name == '__version__':
+        return importlib.metadata.version('timm-supervit')
     if name not in _NAMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(importlib.import_module(_NAMES[name], __name__), name)

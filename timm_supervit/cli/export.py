@@ -1,4 +1,4 @@
-"""``supervit export``: subnets as ONNX files or ``torch.export`` programs."""
+"""``supervit export``: a model as ONNX files or ``torch.export`` programs."""
 from typing import Any
 
 import click
@@ -6,15 +6,15 @@ import click
 from ..subnets import Subnet
 from .options import (
     Command,
+    SubnetType,
     class_names_option,
     create_model,
     device_option,
     json_option,
     model_options,
     resolve_device,
-    subnet_option,
 )
-from .stdout import print_json
+from .stdout import echo, print_json
 
 __all__ = ['command']
 
@@ -24,42 +24,86 @@ __all__ = ['command']
 @model_options
 @class_names_option
 @click.option('--format', type=click.Choice(['onnx', 'pt2']), required=True, help='Format of the files.')
-@subnet_option
-@click.option('--all', 'every', is_flag=True, help='Export all subnets, as without --subnet.')
+@click.option(
+    '--subnet', 'subnets', multiple=True, type=SubnetType(),
+    help='Write this subnet as a file of static shapes; may be repeated (default: one file of all subnets).')
+@click.option('--quantize', type=click.Choice(['int8']), help='Quantize linear layers, for format onnx.')
+@click.option(
+    '--calibration-data', type=click.Path(file_okay=False), metavar='DIR',
+    help='Folder of images to find the ranges of activations by (default: find them at each call).')
+@click.option(
+    '--data-dir', metavar='DIR',
+    help='Folder of a data set, a folder of images for each class, to compare the accuracy of int8 and float32 on.')
 @click.option('--output', type=click.Path(file_okay=False), metavar='DIR', required=True, help='Folder for the files.')
 @device_option
 def command(
         model: str,
         format: str,
         subnets: tuple[Subnet, ...],
-        every: bool,
+        quantize: str | None,
+        calibration_data: str | None,
+        data_dir: str | None,
         output: str,
         device: str | None,
         **settings: Any,
 ) -> None:
-    """Write subnets of MODEL as files that run without this package.
+    """Write MODEL as a file that runs all its subnets without this package.
 
     MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
-    There is one file for each subnet and a manifest with their sizes, rates, MACs and SHA-256. A file takes a batch of
-    any number of images of the model's largest size; the resizing is inside. Each file is loaded again and compared
-    with the model before any is put into the folder. A pt2 program runs on the device that it was exported on.
+
+    The file takes images of any size and number, the image size and the keep rate of the subnet to run. With --subnet
+    there is one file for each of these instead, which takes images of the model's largest size and resizes them.
+    Beside each file is a manifest: how to prepare images, how to call it, MACs and SHA-256. Each file is loaded again
+    and compared with the model before any is put into the folder. A pt2 program runs on the device that it was
+    exported on. --quantize int8 prints how its latency and size compare with float32, and with --data-dir how its
+    accuracy does, and what share of the kept patches is the same.
 
     \b
-    Example:
+    Examples:
+      supervit export model_best.pth.tar --format onnx --output exported
+      supervit export model_best.pth.tar --format onnx --quantize int8 --data-dir imagenet --output exported
       supervit export model_best.pth.tar --format onnx --subnet 160:0.7 --subnet 224:1.0 --output exported
     """
-    if subnets and every:
-        raise click.UsageError('--subnet and --all exclude each other; leave one out.')
+    if not quantize and (calibration_data or data_dir):
+        raise click.UsageError('--calibration-data and --data-dir are for --quantize int8; add it or leave them out.')
 
-    from ..tools.export import export_subnets
+    from ..tools.data import create_evaluation_loader, open_dataset
+    from ..tools.export import Int8, export_model
+    from ..tools.files import check_output_folder
+    from ..tools.quantize import create_calibration_loader
     from .progress import track
     from .tables import list_table, print_table
 
-    network = create_model(model, **settings).to(resolve_device(device))
-    manifest = export_subnets(network, subnets or network.subnets, output, format, track)
-    rows = [
-        {**entry, 'MiB': entry['bytes'] / 2 ** 20, 'largest difference': f'{max(entry["max_difference"].values()):.1e}'}
-        for entry in manifest['files']
-    ]
-    print_json(manifest)
-    print_table(list_table(rows, ['img_size', 'keep_rate', 'macs', 'MiB', 'largest difference', 'file']))
+    check_output_folder(output)
+    network = create_model(model, **settings).to(resolve_device('cpu' if quantize else device))
+    int8 = None
+    if quantize:
+        int8 = Int8(
+            create_calibration_loader(calibration_data, network) if calibration_data else None,
+            create_evaluation_loader(open_dataset(data_dir), network, batch_size=64) if data_dir else None)
+    manifests = export_model(network, output, format, subnets, int8, track)
+    print_json(manifests)
+    for manifest in manifests:
+        print_table(list_table(_rows(manifest), _columns(manifest), title=manifest['file']))
+        echo(_summary(manifest))
+
+
+def _rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return manifest.get('comparison') or manifest['subnets']
+
+
+def _columns(manifest: dict[str, Any]) -> list[str]:
+    compared = ['top1', 'int8_top1', 'kept_same', 'latency_ms', 'int8_latency_ms']
+    return ['img_size', 'keep_rate', 'macs', *(key for key in compared if key in _rows(manifest)[0])]
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    text = f'{manifest["file"]}: {manifest["bytes"] / 2 ** 20:.1f} MiB'
+    if manifest['precision'] == 'float32':
+        return f'{text}, differs from the model by {max(manifest["max_difference"].values()):.1e} at most on logits'
+    rows = manifest['comparison']
+    text += f', {manifest["bytes"] / manifest["float32_bytes"]:.2f} of float32'
+    if 'top1' in rows[0]:
+        loss = sum(row['top1'] - row['int8_top1'] for row in rows) / len(rows)
+        text += f'; top-1 {loss:.2f} points lower in the mean over subnets, on {rows[0]["count"]} images'
+    return text

@@ -420,7 +420,10 @@ class SuperVisionTransformer(VisionTransformer):
     def embed(self, x: Tensor, img_size: Size, **kwargs: Any) -> Tensor:
         """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
         x = self.embed_patches(resize_images(x, img_size, self.in_chans), **kwargs)
-        pos_embed = self.pos_embed_list.select(self.img_sizes.index(img_size))
+        return self.add_positions(x, self.pos_embed_list.select(self.img_sizes.index(img_size)))
+
+    def add_positions(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+        """Put the prefix tokens before patch tokens [B, N, D] and add a position embedding; return tokens [B, T, D]."""
         tokens = [getattr(self, name) for name in (*self.class_tokens, 'reg_token')]
         prefix = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
         if self.no_embed_class:

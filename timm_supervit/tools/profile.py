@@ -21,10 +21,11 @@ from torch.utils.benchmark import Timer
 
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet, size_2d
-from .export import load_program, write_program
+from .export import write_program
 from .fingerprint import fingerprint
 from .fixed_subnet import FixedSubnet
 from .macs import count_macs
+from .program import open_session
 from .progress import Progress, silent
 from .results import Results, Row
 
@@ -169,8 +170,8 @@ def _callable(
     if runtime == 'onnx':
         if not onnx_path.exists():
             write_program(network.module, torch.randn(2, *network.input_size, device=device), onnx_path, 'onnx')
-        program = load_program(onnx_path, device)
-        return lambda: program(images)
+        session, array = open_session(onnx_path, device), images.cpu().numpy()
+        return lambda: session.run(None, {'image': array})
     forward = torch.compile(network.module, dynamic=False) if runtime == 'compile' else network.module
     dtype = getattr(torch, precision)
 

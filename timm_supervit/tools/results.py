@@ -76,12 +76,15 @@ COLUMNS = {
     'cascade': Column('cascade (threshold)', '', 'setting', None),  # as ``cascade_text`` writes it
     'macs': Column('MACs per image', 'M', 'cost', 2, 1e6),
     'latency_ms': Column('latency, median', 'ms', 'cost'),  # of one forward of a batch
+    'int8_latency_ms': Column('latency of int8, median', 'ms', 'cost'),
     'latency_p90_ms': Column('latency, p90', 'ms', 'cost'),
     'latency_iqr_ms': Column('latency, IQR', 'ms', 'cost'),
     'latency_mean_ms': Column('latency of an image, mean', 'ms', 'cost', 3),  # a batch's time shared by its images
     'throughput': Column('throughput', 'images/s', 'cost', 1, more_is_better=True),
     'memory_mib': Column('peak memory', 'MiB', 'cost', 1),
     'top1': Column('top-1', '%', 'outcome', more_is_better=True),
+    'int8_top1': Column('top-1 of int8', '%', 'outcome', more_is_better=True),
+    'kept_same': Column('same patches kept', '%', 'outcome', more_is_better=True),
     'top5': Column('top-5', '%', 'outcome', more_is_better=True),
     'correct1': Column('top-1 correct', 'images', 'outcome', 0, more_is_better=True),
     'correct5': Column('top-5 correct', 'images', 'outcome', 0, more_is_better=True),

@@ -1,0 +1,140 @@
+"""All subnets of a model as one network, which takes the image size and the keep rate as tensors: what export needs.
+
+What Python code decides in the model, by comparing sizes and counting tokens, is part of the graph here: the position
+embedding is chosen by the size, and each dropping block keeps a number of tokens that is known only when it runs.
+"""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.supervit import SuperVisionTransformer
+from ..subnets import format_size, size_2d
+
+__all__ = ['ElasticNetwork', 'Requirement']
+
+
+class Requirement(nn.Module):
+    """A condition on an input of an exported program, which stops with an error where it does not hold.
+
+    ONNX has no assertions. There it is a reshape that fails, of the node that ``write_program`` gives this name.
+
+    Args:
+        name: What is required, in words joined by underscores.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, holds: Tensor) -> Tensor:
+        """Return the place [1] of the one true value among ``holds`` [N]."""
+        if torch.onnx.is_in_onnx_export():
+            return holds.nonzero().reshape(1)
+        torch._assert_async(holds.any(), self.name.replace('_', ' '))
+        return holds.long().argmax().reshape(1)
+
+
+class ElasticNetwork(nn.Module):
+    """Runs any subnet of a model, chosen by tensors; the weights and modules are the model's own.
+
+    Args:
+        model: The model, in evaluation mode and on its device.
+    """
+
+    def __init__(self, model: SuperVisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        sizes = [size_2d(size) for size in model.img_sizes]
+        self.is_square = all(height == width for height, width in sizes)
+        self.grids = [model.grid_size(size) for size in model.img_sizes]
+        self.patch_size = sizes[0][0] // self.grids[0][0]  # in the image, whatever a convolutional stem does to it
+        lengths = [pos_embed.shape[1] for pos_embed in model.pos_embed_list]
+        # Not buffers: they stay on the CPU, as do the inputs that they are compared with.
+        self.sizes = torch.tensor([height for height, _ in sizes] if self.is_square else sizes)
+        self.table = torch.tensor([
+            (rows, columns, rows * columns, sum(lengths[:i])) for i, (rows, columns) in enumerate(self.grids)])
+        self.img_size = Requirement(f'img_size_must_be_one_of_{"_".join(map(format_size, model.img_sizes))}')
+        self.keep_rate = Requirement('keep_rate_must_be_above_0_and_at_most_1')
+
+    @property
+    def example_subnet(self) -> tuple[Tensor, Tensor]:
+        """An image size and a keep rate that drops tokens, to trace with."""
+        return self.sizes[len(self.sizes) // 2].clone(), torch.tensor(0.7, dtype=torch.float64)
+
+    def forward(self, image: Tensor, img_size: Tensor, keep_rate: Tensor) -> Tensor:
+        """Return the logits [B, num_classes] of one subnet.
+
+        Args:
+            image: Images [B, C, H, W] of any size.
+            img_size: One of the model's sizes, int64: a scalar, or [2] (height, width) if not all of them are square.
+            keep_rate: Rate in (0, 1], a float64 scalar; in float32 the products of ``keep_schedule`` would be others.
+        """
+        model: Any = self.model
+        matches = self.sizes == img_size
+        index = self.img_size(matches if self.is_square else matches.all(dim=1))
+        valid = self.keep_rate(((keep_rate > 0) & (keep_rate <= 1)).reshape(1))
+        keep_rate = keep_rate.reshape(1).index_select(0, valid)
+        row = self.table.index_select(0, index).flatten()
+        x = (self._embed if torch.onnx.is_in_onnx_export() else self._embed_by_branches)(image, index, row)
+        kept = row[2:3].double()
+        for i, block in enumerate(model.blocks):
+            if i in model.drop_layers:  # see ``keep_schedule``
+                kept = torch.minimum(kept, torch.ceil(keep_rate * (kept + 1)))
+                num_keep = kept.long().item()
+                torch._check(num_keep >= 1)
+                torch._check(num_keep <= x.shape[1] - model.num_prefix_tokens)
+                x = block(x, num_keep=num_keep)
+            else:
+                x = block(x)
+        return model.forward_head(model.norm(x))
+
+    def _embed(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
+        """Return the tokens [B, T, D] of images in the size of a row of the table."""
+        model: Any = self.model
+        rows, columns, num_patches, start = row.tolist()
+        for side, sides in zip((rows, columns), zip(*self.grids, strict=True), strict=True):
+            torch._check(side >= 1)
+            torch._check(side <= max(sides))
+        x = model.embed_patches(_resize(image, (rows * self.patch_size, columns * self.patch_size)))
+        length = x.shape[1] + model.num_embed_prefix_tokens
+        pos_embeds = torch.cat(list(model.pos_embed_list), dim=1)
+        torch._check(num_patches == x.shape[1])
+        torch._check(start >= 0)
+        torch._check(start + length <= pos_embeds.shape[1])
+        return model.add_positions(x, pos_embeds.narrow(1, start, length))
+
+    def _embed_by_branches(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
+        """Do the same with a branch for each size.
+
+        torch's compiler takes a convolution of images whose size is known only when it runs for one in another memory
+        format than it is, and the results would be wrong (torch 2.14).
+        """
+        model: Any = self.model
+        most = max(rows * columns for rows, columns in self.grids)
+
+        length = most + model.num_prefix_tokens
+
+        def nothing(x: Tensor) -> Tensor:
+            return x.new_zeros(x.shape[0], length, model.embed_dim)
+
+        def embed(i: int) -> Any:
+            def embed_in_size(x: Tensor) -> Tensor:
+                x = model.embed_patches(_resize(x, size_2d(model.img_sizes[i])))
+                x = model.add_positions(x, model.pos_embed_list[i])
+                return F.pad(x, (0, 0, 0, length - x.shape[1])).contiguous()
+
+            return embed_in_size
+
+        x = sum(torch.cond(index == i, embed(i), nothing, (image,)) for i in range(len(model.img_sizes)))
+        num_patches = row[2].item()
+        torch._check(num_patches >= 1)
+        torch._check(num_patches <= most)
+        return x.narrow(1, 0, num_patches + model.num_prefix_tokens)
+
+
+def _resize(x: Tensor, size: Any) -> Tensor:
+    # As ``resize_images``, which leaves out what does nothing; here that would be a branch on the size of the images.
+    return F.interpolate(x, size=size, mode='bilinear', align_corners=True)

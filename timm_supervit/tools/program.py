@@ -1,0 +1,214 @@
+"""Running exported files: the one way by which all commands load and call them.
+
+A file says what it is and how to prepare images for it, so that it suffices alone. Where its manifest lies beside it,
+the file must have the checksum that is written there.
+"""
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subnets import Size, Subnet, check_img_size, check_keep_rate, format_size, size_2d
+
+__all__ = ['FACTS', 'Program', 'is_program', 'load_program', 'manifest_path', 'open_session']
+
+FACTS = 'timm_supervit'  # under which name a file holds what it says about itself, as JSON
+
+
+def is_program(path: str | os.PathLike) -> bool:
+    """Return whether a path is an existing file that by its ending is an exported one."""
+    return Path(path).suffix in ('.onnx', '.pt2') and Path(path).is_file()
+
+
+def manifest_path(path: str | os.PathLike) -> Path:
+    """Return where the manifest of an exported file is."""
+    return Path(f'{os.fspath(path)}.json')
+
+
+def load_program(path: str | os.PathLike, device: torch.device | str = 'cpu') -> 'Program':
+    """Load a file of ``supervit export``.
+
+    Args:
+        path: The file; its ending tells the format.
+        device: Device that onnxruntime runs on. A ``pt2`` program runs where it was exported.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        RuntimeError: If this onnxruntime cannot run on the device, or the installed packages cannot run the file.
+        ValueError: If the file is damaged, or none of ``supervit export``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is no file; give one that "supervit export" wrote, as in supervit_small.onnx')
+    if path.suffix not in ('.onnx', '.pt2'):
+        raise ValueError(f'{path} is no exported file by its ending; give one that ends in .onnx or .pt2')
+    _check_sum(path)
+    kind: Any = _OnnxProgram if path.suffix == '.onnx' else _Pt2Program
+    return kind(path, torch.device(device))
+
+
+class Program:
+    """An exported file as a function of images; what stands for a model in ``evaluate`` and its loader.
+
+    Attributes:
+        facts: What the file says about itself: the manifest without what is known only once the file is written.
+        name: Name of the model that it was exported from.
+        subnets: The subnets of its grid, cheapest first; the one of a file for one subnet.
+        subnet: The one that runs where none is named.
+        is_elastic: Whether it runs all of ``subnets``, and any other keep rate.
+        img_sizes: Image sizes that it runs at, by area.
+        in_chans: Channels of the images.
+        num_classes: Number of logits.
+        class_names: Names of the classes, where they are known.
+        pretrained_cfg: How images are prepared, as in timm: input_size, interpolation, crop_pct, crop_mode, mean, std.
+        network: Which network it computes, see ``fingerprint``.
+        device: Device that it runs on.
+    """
+
+    def __init__(self, path: Path, content: str | None, device: torch.device) -> None:
+        self.path = path
+        self.device = device
+        try:
+            self.facts: dict[str, Any] = json.loads(content or '')
+            facts = self.facts
+            rows = facts['subnets']
+            self._macs = {Subnet(check_img_size(row['img_size']), row['keep_rate']): row['macs'] for row in rows}
+            self.subnet = Subnet(check_img_size(facts['subnet']['img_size']), facts['subnet']['keep_rate'])
+            self.img_sizes = tuple(check_img_size(size) for size in facts['img_sizes'])
+            self.name: str = facts['model']
+            self.is_elastic: bool = 'img_size' in facts['inputs']
+            self.in_chans: int = facts['inputs']['image']['shape'][1]
+            self.num_classes: int = facts['outputs']['logits']['shape'][1]
+            self.class_names: list[str] | None = facts['class_names']
+            self.pretrained_cfg: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in facts['preprocessing'].items()}
+            self.network: dict[str, Any] = facts['network']
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{path} does not say what network it holds and how to prepare images for it; '
+                f'give a file that "supervit export" wrote') from error
+        self.subnets = list(self._macs)
+
+    def macs(self, subnet: tuple[Size, float]) -> int:
+        """Return the multiply-accumulates of one of ``subnets`` for one image.
+
+        Raises:
+            ValueError: If the file does not say how many they are.
+        """
+        if subnet not in self._macs:
+            raise ValueError(f'{self.path} does not say what {Subnet(*subnet)} costs, '
+                             f'but what {", ".join(map(str, self.subnets))} do')
+        return self._macs[Subnet(*subnet)]
+
+    def __call__(self, images: Tensor, img_size: Size | None = None, keep_rate: float | None = None) -> Tensor:
+        """Return the logits [B, num_classes] of images, as the model that was exported does.
+
+        Args:
+            images: Normalized images [B, in_chans, H, W], float32; any size for an elastic file, else
+                ``pretrained_cfg['input_size']``.
+            img_size: Size of the subnet, one of ``img_sizes`` (default: that of ``subnet``).
+            keep_rate: Keep rate of the subnet, in (0, 1] (default: that of ``subnet``).
+
+        Raises:
+            ValueError: If the file has no such subnet.
+        """
+        subnet = Subnet(
+            self.subnet.img_size if img_size is None else check_img_size(img_size),
+            self.subnet.keep_rate if keep_rate is None else check_keep_rate(keep_rate))
+        if subnet.img_size not in self.img_sizes or not (self.is_elastic or subnet == self.subnet):
+            sizes = ', '.join(map(format_size, self.img_sizes))
+            raise ValueError(f'{self.path} has no subnet {subnet}; it runs '
+                             + (f'the image sizes {sizes} at any keep rate' if self.is_elastic else f'{self.subnet}'))
+        return self._run(*self._inputs(images, subnet))
+
+    def named_inputs(self, images: Tensor, subnet: Subnet) -> dict[str, Any]:
+        """Return the inputs of a call by their names, as arrays, for runtimes that take them so."""
+        values = [value.cpu().numpy() for value in self._inputs(images, subnet)]
+        return dict(zip(self.facts['inputs'], values, strict=True))
+
+    def _inputs(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+        if not self.is_elastic:
+            return [images]
+        is_pair = bool(self.facts['inputs']['img_size']['shape'])
+        img_size = torch.tensor(size_2d(subnet.img_size) if is_pair else subnet.img_size)
+        return [images, img_size, torch.tensor(subnet.keep_rate, dtype=torch.float64)]
+
+    def forward_subnets(self, images: Tensor, subnets: Sequence[tuple[Size, float]]) -> list[Tensor]:
+        """Return the logits [B, num_classes] of several subnets on one batch."""
+        return [self(images, *subnet) for subnet in subnets]
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _OnnxProgram(Program):
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.session = open_session(path, device)
+        super().__init__(path, self.session.get_modelmeta().custom_metadata_map.get(FACTS), device)
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        values = [value.cpu().numpy() for value in inputs]
+        return torch.from_numpy(self.session.run(None, dict(zip(self.facts['inputs'], values, strict=True)))[0])
+
+
+class _Pt2Program(Program):
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        facts = {f'{FACTS}.json': ''}
+        try:
+            self.module = torch.export.load(path, extra_files=facts).module()
+        except Exception as error:  # what a broken or newer file raises can be of any kind
+            raise RuntimeError(
+                f'{path} cannot be run by torch {torch.__version__} ({" ".join(str(error).split())[:300]}); '
+                f'if it is of a newer torch, update this one, else export it again') from error
+        super().__init__(path, facts[f'{FACTS}.json'], device)
+
+    @torch.no_grad()
+    def _run(self, *inputs: Tensor) -> Tensor:
+        return self.module(*inputs)
+
+
+def open_session(path: str | os.PathLike, device: torch.device | str = 'cpu') -> Any:
+    """Return onnxruntime's session of an ONNX file, with as many threads as torch has.
+
+    Raises:
+        RuntimeError: If this onnxruntime cannot run on the device, or cannot run the file.
+    """
+    import onnxruntime
+
+    provider = f'{torch.device(device).type.upper()}ExecutionProvider'
+    if provider not in onnxruntime.get_available_providers():
+        raise RuntimeError(
+            f'this onnxruntime has no {provider}, only {", ".join(onnxruntime.get_available_providers())}; '
+            f'install the onnxruntime package for {device} or use device cpu')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what goes wrong is raised, too
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=[provider])
+    except Exception as error:  # its kinds have no class in common
+        raise RuntimeError(
+            f'{path} cannot be run by onnxruntime {onnxruntime.__version__} ({" ".join(str(error).split())[:300]}); '
+            f'if it is of a newer opset or onnxruntime, update this one, else export it again') from error
+
+
+def _check_sum(path: Path) -> None:
+    try:
+        expected = json.loads(manifest_path(path).read_text(encoding='utf-8'))['sha256']
+    except FileNotFoundError:
+        return
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{manifest_path(path)} is damaged ({error}); export the file again') from error
+    with path.open('rb') as file:
+        actual = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else \
+            hashlib.sha256(file.read()).hexdigest()
+    if actual != expected:
+        raise ValueError(f'{path} is damaged: its SHA-256 is {actual}, and {expected} in {manifest_path(path).name}; '
+                         f'fetch or export it again')
