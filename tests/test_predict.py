@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on(source: str, folder: Path, tmp_path: Path) -> None
     for i in range(120):
         (many / f'{i:03d}.png').symlink_to(folder / f'{i % 5 * 2:02d}.PNG')
     arguments = ['predict', source, str(many), '--output', str(path), '-b', '1']
-    process = subprocess.Popen([sys.executable, '-m', 'timm_supervit.cli', *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, '-m', 'timm_supervit', *arguments], stderr=subprocess.DEVNULL)
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b'\n') > 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -125,7 +125,8 @@ def command(
     gain, p_value = found.comparison
     echo(f'On {report.num_images} images that calibration never saw, the cascades are '
          f'{"" if found.comparison.is_significant else "NOT significantly "}better than single subnets of the same '
-         f'cost: by {gain:+.2f} points on average, p = {p_value:.2g}.')
+         f'cost: by {gain:+.2f} points on average, p = {p_value:.2g}.'
+         f'{"" if found.comparison.is_significant else " A single subnet is the simpler choice."}')
     row, full = found.row, found.full
     echo(f'Chosen on {calibration.num_images} images: {row["cascade"]}, {row["top1"]:.2f} % at '
          f'{row["macs"] / full["macs"]:.3f} of the MACs of {subnet_of(full)}, which reaches '

@@ -1,11 +1,13 @@
-"""Choosing a subnet from measured results: the most accurate one inside a budget, and the Pareto front."""
+"""Choosing from measured results the most accurate point inside a budget, and the Pareto front.
+
+A point is a subnet, one of an int8 network, or a cascade.
+"""
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..subnets import Subnet
-from .results import COLUMNS, Results, Row, column_of, difference, load_results, subnet_of
+from .results import COLUMNS, Results, Row, column_of, difference, load_results, name_of
 
 __all__ = ['best_subnet', 'merge_results', 'pareto_front']
 
@@ -16,15 +18,15 @@ class _Miss(NamedTuple):
 
 
 def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] | None = None) -> Results:
-    """Join the results that ``supervit evaluate`` and ``supervit profile`` wrote, one row for each subnet.
+    """Join the results that ``supervit evaluate``, ``cascade`` and ``profile`` wrote, one row for each point.
 
     Args:
         paths: JSON files of one network. Costs may be of other weights than the accuracy.
         where: Take only rows with these values where they have the key, such as ``{'batch_size': 1}``.
 
     Returns:
-        The rows of subnets, cheapest first where the MACs are known. ``info`` has that of each file under ``sources``,
-        and ``partial`` is True if one of them is.
+        The rows of subnets and cascades, cheapest first where the MACs are known. ``info`` has that of each file under
+        ``sources``, and ``partial`` is True if one of them is.
 
     Raises:
         ValueError: If the files are of different networks, two measured the same, a subnet was measured in several
@@ -36,22 +38,22 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
         raise ValueError(f'{sorted(unknown)[0]} is no setting of results; use {", ".join(settings)}')
     files = {os.fspath(path): load_results(path) for path in paths}
     _check_one_network(files)
-    merged: dict[Subnet, Row] = {}
-    origins: dict[tuple[Subnet, str], str] = {}
+    merged: dict[str, Row] = {}
+    origins: dict[tuple[str, str], str] = {}
     for path, results in files.items():
-        own: set[Subnet] = set()
+        own: set[str] = set()
         for row in results.rows:
-            subnet = subnet_of(row)
-            if subnet is None or any(row.get(key, value) != value for key, value in wanted.items()):
+            point = name_of(row)
+            if row.get('model') or any(row.get(key, value) != value for key, value in wanted.items()):
                 continue
-            known = merged.setdefault(subnet, {})
+            known = merged.setdefault(point, {})
             clashing = [key for key in row if row[key] != known.get(key, row[key])]
-            if subnet in own or clashing:
+            if point in own or clashing:
                 raise ValueError(_describe_clash(
-                    path if subnet in own else origins[subnet, clashing[0]], path, known, row, clashing))
-            own.add(subnet)
+                    path if point in own else origins[point, clashing[0]], path, known, row, clashing))
+            own.add(point)
             known.update(row)
-            origins.update({(subnet, key): path for key in row})
+            origins.update({(point, key): path for key in row})
         if not own:
             raise ValueError(f'{path} holds no subnet with {wanted}' if wanted else f'{path} holds no subnet')
     return Results(
@@ -70,12 +72,12 @@ def _check_one_network(files: Mapping[str, Results]) -> None:
 
 def _describe_clash(first: str, second: str, one: Row, other: Row, clashing: Sequence[str]) -> str:
     files = first if first == second else f'{first} and {second}'
-    subnet = f'subnet {subnet_of(one)}'
+    point = f'{"cascade" if "cascade" in one else "subnet"} {name_of(one)}'
     settings = [f'{key}={one[key]} or {other[key]}' for key in clashing if column_of((), key).kind == 'setting']
     if settings:
-        return f'{files}: {subnet} in several settings; choose: {" and ".join(settings)}'
+        return f'{files}: {point} in several settings; choose: {" and ".join(settings)}'
     measured = [f'{key} {one[key]} and {other[key]}' for key in clashing]
-    return f'{files}: {subnet} is measured twice, {", ".join(measured) or "alike"}; give one of the two'
+    return f'{files}: {point} is measured twice, {", ".join(measured) or "alike"}; give one of the two'
 
 
 def best_subnet(
@@ -83,20 +85,23 @@ def best_subnet(
         latency_ms: float | None = None,
         macs: float | None = None,
         throughput: float | None = None,
+        latency_p90_ms: float | None = None,
 ) -> Row:
-    """Return the row of the most accurate subnet inside a budget; where several are, the one furthest inside.
+    """Return the row of the most accurate point inside a budget; where several are, the one furthest inside.
 
     Args:
         table: Rows with ``top1`` and what the budget is about, from the ``Results.rows`` of ``merge_results``.
         latency_ms: Median latency of a batch, at most this many milliseconds.
         macs: Multiply-accumulates for one image, at most.
         throughput: Images per second, at least.
+        latency_p90_ms: 90th percentile of the latency of a batch, at most this many milliseconds.
 
     Raises:
         ValueError: If a column is missing, or nothing fits; the message names the nearest miss.
     """
     budget = {
-        key: value for key, value in dict(latency_ms=latency_ms, macs=macs, throughput=throughput).items()
+        key: value for key, value in dict(
+            latency_ms=latency_ms, latency_p90_ms=latency_p90_ms, macs=macs, throughput=throughput).items()
         if value is not None
     }
     for key, value in budget.items():
@@ -115,7 +120,7 @@ def best_subnet(
         nearest = min(misses, key=lambda miss: miss.factor).row
         reached = _describe(table, {key: nearest[key] for key in budget}, limits=False)
         raise ValueError(
-            f'no subnet has {_describe(table, budget)}; the nearest is {subnet_of(nearest)} with {reached}')
+            f'no subnet has {_describe(table, budget)}; the nearest is {name_of(nearest)} with {reached}')
     return min(fitting, key=lambda miss: (-miss.row['top1'], miss.factor, miss.row.get('macs', 0))).row
 
 

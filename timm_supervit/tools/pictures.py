@@ -1,6 +1,7 @@
 """Pictures of operating points: one quantity against another, by image size (lines) and keep rate (markers)."""
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -9,16 +10,18 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from ..subnets import Subnet, format_size, sort_sizes
+from .choose import pareto_front
 from .files import replace_file
-from .results import Row, column_of, subnet_of
+from .results import Column, Results, Row, column_of, is_int8, subnet_of
 from .text import visible
 
-__all__ = ['draw_operating_points', 'save_picture']
+__all__ = ['draw_choice', 'draw_operating_points', 'save_picture']
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow and black.
 _COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
 _MARKERS = ('v', 's', 'o', '^', 'D', 'P', 'X')
 _CASCADES: dict[str, Any] = dict(color='#333333', linestyle='--', linewidth=1.2, marker='.', markersize=8)
+_KINDS = {'subnet': 'o', 'int8 subnet': 's', 'cascade': '*'}
 _PEER_COLOR = '#333333'
 _PEER_MARKERS = ('*', 'p', 'h', 'd', '<', '>')
 
@@ -51,16 +54,7 @@ def draw_operating_points(
     colors = {size: _COLORS[i % len(_COLORS)] for i, size in enumerate(sizes)}
     markers = {rate: _MARKERS[i % len(_MARKERS)] for i, rate in enumerate(rates)}
 
-    # Figure without pyplot: no display, no global state.
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.add_subplot(xlabel=across.heading, ylabel=up.heading)
-    axes.set_title(title, fontsize=13)
-    axes.xaxis.label.set_fontsize(12)
-    axes.yaxis.label.set_fontsize(12)
-    axes.tick_params(labelsize=11)
-    axes.grid(color='#dddddd')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
+    figure, axes = _create_axes(across, up, title)
     over_epochs = across.kind == 'setting'
     lines: dict[Any, list[tuple[float, float, Subnet]]] = {}
     for row in rows:
@@ -93,8 +87,62 @@ def draw_operating_points(
         'Cascades': [Line2D([], [], label='several subnets', **_CASCADES)] if cascades else [],
         'Other networks': [_marker(marker, name, _PEER_COLOR) for name, marker in peer_markers.items()],
     }
+    _save_with_legend(figure, entries, path)
+
+
+def draw_choice(networks: Sequence[Results], path: str | os.PathLike, x: str, y: str = 'top1') -> None:
+    """Draw the points of one or more networks, with the Pareto front of each as a line, and write the picture as PNG.
+
+    Args:
+        networks: Results of ``merge_results``, one for each network. Rows that lack one of the keys are left out.
+        path: The file to write.
+        x: Key of a cost, for the horizontal axis.
+        y: Key for the vertical axis.
+
+    Raises:
+        OSError: If the file cannot be written; one of that name is then as it was.
+    """
+    rows = [row for results in networks for row in results.rows]
+    across, up = column_of(rows, x), column_of(rows, y)
+    figure, axes = _create_axes(across, up, '')
+    used: dict[str, str] = {}
+    for color, results in zip(itertools.cycle(_COLORS), networks, strict=False):
+        for row in results.rows:
+            if row.get(x) is None or row.get(y) is None:
+                continue
+            kind = 'cascade' if 'cascade' in row else 'int8 subnet' if is_int8(row) else 'subnet'
+            used[kind] = _KINDS[kind]
+            axes.plot(
+                row[x] / across.scale, row[y] / up.scale, _KINDS[kind], color=color, markersize=8,
+                markeredgecolor='white', markeredgewidth=0.8, zorder=3)
+        front = pareto_front(results.rows, x)
+        axes.plot(
+            [row[x] / across.scale for row in front], [row[y] / up.scale for row in front], color=color, linewidth=1.8)
+    _save_with_legend(figure, {
+        'Pareto front': [
+            Line2D([], [], color=color, linewidth=3, label=results.model[-30:])
+            for color, results in zip(itertools.cycle(_COLORS), networks, strict=False)],
+        'Points': [_marker(marker, kind, '#777777') for kind, marker in used.items()],
+    }, path)
+
+
+def _create_axes(across: Column, up: Column, title: str) -> tuple[Figure, Any]:
+    # Figure without pyplot: no display, no global state.
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.add_subplot(xlabel=across.heading, ylabel=up.heading)
+    axes.set_title(title, fontsize=13)
+    axes.xaxis.label.set_fontsize(12)
+    axes.yaxis.label.set_fontsize(12)
+    axes.tick_params(labelsize=11)
+    axes.grid(color='#dddddd')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    return figure, axes
+
+
+def _save_with_legend(figure: Figure, entries: Mapping[str, Sequence[Line2D]], path: str | os.PathLike) -> None:
     # One column beside the axes, so that no legend covers a point.
-    handles = []
+    handles: list[Line2D] = []
     for heading, keys in entries.items():
         if keys:
             handles += [Line2D([], [], linestyle='', label=heading), *keys, Line2D([], [], linestyle='', label='')]

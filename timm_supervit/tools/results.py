@@ -20,7 +20,9 @@ __all__ = [
     'Row',
     'column_of',
     'difference',
+    'is_int8',
     'load_results',
+    'name_of',
     'save_results',
     'subnet_of',
 ]
@@ -130,6 +132,18 @@ def column_of(rows: Iterable[Row], key: str) -> Column:
 def subnet_of(row: Row) -> Subnet | None:
     """Return the subnet that a row is about; None for a row of another network."""
     return Subnet(row['img_size'], row['keep_rate']) if row.get('keep_rate') is not None else None
+
+
+def name_of(row: Row) -> str:
+    """Return what a row is about, in words: a subnet such as 160:0.7, in int8 or not, a cascade, or another network."""
+    subnet = subnet_of(row)
+    name = str(subnet) if subnet else str(row.get('cascade') or row.get('model'))
+    return f'{name} int8' if is_int8(row) else name
+
+
+def is_int8(row: Row) -> bool:
+    """Return whether a row is about a quantized network, which is another point than the one that it was made of."""
+    return row.get('precision') == 'int8'
 
 
 def difference(one: Results, other: Results) -> str:
