@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import logging
+import os
 import pickle
 import signal
 import threading
@@ -215,7 +216,8 @@ data_options = _chain(
     click.option(
         '-b', '--batch-size', default=256, show_default=True, type=click.IntRange(1), help='Images of a batch.'),
     click.option(
-        '-j', '--workers', default=4, show_default=True, type=click.IntRange(0), help='Processes reading images.'),
+        '-j', '--workers', default=min(4, os.cpu_count() or 1), show_default=True, type=click.IntRange(0),
+        help='Processes reading images.'),
     click.option('--skip-bad-images', is_flag=True, help='Name and count unreadable images and go on without them.'),
     device_option,
     amp_options,
