@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from comparing import ROUNDING, run_subnet
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 TIMM_SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 BACKBONES = ['supervit_tiny', 'supervit_lvvit_small']
-ROUNDING = dict(atol=2e-5, rtol=1e-4)
 
 
 def run_onnx(content: Any, images: Tensor) -> Tensor:
@@ -137,3 +137,69 @@ def test_twelve_subnets_of_a_compiled_model_never_fall_back(images: Tensor) -> N
             torch.testing.assert_close(
                 compiled(images, img_size=img_size, keep_rate=keep_rate),
                 model(images, img_size=img_size, keep_rate=keep_rate), **ROUNDING)
+
+
+# --- tracers and torch.export ---
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_every_subnet_compiles_to_one_graph(small_model: Any, images: Tensor, training: bool) -> None:
+    model = small_model(depth=3, drop_layers=(1,)).train(training)
+    subnets = [(64, 0.3), (32, 1.0)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    for subnet in subnets:
+        torch.testing.assert_close(run_subnet(compiled, images, subnet), run_subnet(model, images, subnet), **ROUNDING)
+    together = torch.compile(model.forward_subnets, backend='eager', fullgraph=True)
+    for output, subnet in zip(together(images, subnets), subnets, strict=True):
+        torch.testing.assert_close(output, run_subnet(model, images, subnet), **ROUNDING)
+
+
+def test_a_compiled_model_follows_the_active_subnet(small_model: Any, images: Tensor) -> None:
+    model = small_model(depth=3, drop_layers=(1,))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    compiled(images)
+    model.subnet = (32, 0.3)
+    torch.testing.assert_close(compiled(images), model(images), **ROUNDING)
+
+
+@pytest.mark.parametrize('subnet', [(64, 1.0), (48, 0.6)])
+def test_a_subnet_exports_with_any_batch_size(small_model: Any, images: Tensor, subnet: tuple[int, float]) -> None:
+    model = small_model(img_size=subnet[0], keep_rate=subnet[1])
+    batch = torch.export.Dim('batch', min=1, max=1024)  # without a bound torch 2.5 finds fault with the largest integer
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch}, None, None)[:1]).module()
+    for size in (1, 2, 5):
+        x = torch.randn(size, 3, 64, 64)
+        torch.testing.assert_close(program(x), model(x), **ROUNDING)
+
+
+def test_a_subnet_given_in_the_call_exports(small_model: Any, images: Tensor) -> None:
+    model = small_model()
+    program = torch.export.export(model, (images,), kwargs=dict(img_size=48, keep_rate=0.3)).module()
+    torch.testing.assert_close(
+        program(images, img_size=48, keep_rate=0.3), run_subnet(model, images, (48, 0.3)), **ROUNDING)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('subnet', [(64, 1.0), (48, 0.6)])
+@pytest.mark.filterwarnings('ignore:The nodes obtained by tracing the model in train mode')
+def test_torchvision_extracts_features_of_the_active_subnet(
+        small_model: Any,
+        images: Tensor,
+        subnet: tuple[int, float],
+        training: bool,
+) -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    model = small_model(img_size=subnet[0], keep_rate=subnet[1]).train(training)
+    options = dict(tracer_kwargs=dict(
+        leaf_modules=timm.models.get_notrace_modules(),
+        autowrap_functions=timm.models.get_notrace_functions()))
+    nodes = get_graph_node_names(model, **options)
+    assert 'head' in nodes[0]
+    extractor = create_feature_extractor(model, return_nodes=['norm', 'head'], **options)
+    features = extractor(images)
+    torch.testing.assert_close(features['norm'], model.forward_features(images), **ROUNDING)
+    torch.testing.assert_close(features['head'], model(images), **ROUNDING)
+    features['head'].sum().backward()

@@ -748,6 +748,7 @@ def test_odd_contents_change_nothing(create: Any, what: str) -> None:
         model.load_state_dict(change(weights))
     assert_same_weights(model, before)
 
+
 # Tensors of the right shape that torch cannot copy into a plain one.
 UNCOPYABLE: dict[str, Callable[[Tensor], Tensor]] = {
     'sparse': lambda value: value.to_sparse(),
