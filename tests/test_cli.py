@@ -168,7 +168,7 @@ def saving(checkpoint, images, tmp_path):
     commands = {
         'evaluate': ([*model, '--data-dir', images, '--workers', 0, '--subnet', '12:0.5'], tables),
         'profile': ([*model, '--subnet', '12:0.5', '--rounds', 2], tables),
-        'choose': ([saved], tables[:2]),
+        'choose': ([saved], tables),
         'visualize': ([*model, image, '--subnet', '12:0.5'], tables),
         'export': ([*model, '--format', 'pt2', '--subnet', '12:0.5'],
                    ['supervit_digits-12-0.5.pt2', 'supervit_digits-12-0.5.pt2.json']),
@@ -278,5 +278,6 @@ def test_choose_says_what_is_partial_and_marks_what_it_writes(tmp_path):
     result = supervit('choose', path, '--output', tmp_path / 'chosen')
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, '12:0.5')
     assert f'PARTIAL: {path} is of an interrupted run.' in result.stdout
-    assert {path.name for path in (tmp_path / 'chosen').iterdir()} == {'choose-partial.json', 'choose-partial.csv'}
+    assert {path.name for path in (tmp_path / 'chosen').iterdir()} == {
+        'choose-partial.json', 'choose-partial.csv', 'choose-partial.png'}
     assert load_results(tmp_path / 'chosen' / 'choose-partial.json').partial

@@ -18,6 +18,7 @@ from PIL import Image
 
 from timm_supervit import Cascade
 from timm_supervit.cli import main
+from timm_supervit.tools.export import export_model
 from timm_supervit.tools.fingerprint import fingerprint
 from timm_supervit.tools.predict import Log, Share, open_images, predict, run_subnet
 from timm_supervit.tools.visualize import read_image
@@ -113,6 +114,54 @@ def test_a_cascade_says_which_stage_answered(model: Any, source: str, folder: Pa
         assert row['predictions'][0]['index'] == logits.argmax()
         answered.add(row['subnet'])
     assert answered == {'12:0.5', '24:1'}
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory: Any) -> Path:
+    """A folder with a network for Python, the same exported in both formats, and a cascade of it."""
+    torch.manual_seed(1)
+    model: Any = timm.create_model(
+        'supervit_digits', img_sizes=(12, 24), keep_rates=(0.5, 1.0), depth=2, drop_layers=(1,), num_classes=3)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.eval().pretrained_cfg['label_names'] = NAMES
+    folder = tmp_path_factory.mktemp('exported')
+    timm.models.save_for_hf(
+        model, str(folder / 'python'), model_config={'label_names': NAMES}, safe_serialization=True)
+    for format in ('onnx', 'pt2'):
+        export_model(model, folder, format)
+    network = json.loads(json.dumps(fingerprint(model)))
+    for name, known in {'cascade': network, 'other': {**network, 'num_classes': 4}}.items():
+        (folder / f'{name}.json').write_text(json.dumps(dict(
+            stages=[[12, 0.5], [24, 1.0]], thresholds=[0.6], network=known)))
+    return folder
+
+
+@pytest.mark.parametrize('format', ['onnx', 'pt2'])
+@pytest.mark.parametrize('how', ['subnet', 'cascade'])
+def test_an_exported_file_says_what_the_model_says(exported: Path, folder: Path, format: str, how: str) -> None:
+    options = ['--subnet', '12:0.6'] if how == 'subnet' else ['--cascade', exported / 'cascade.json']
+    path, = exported.glob(f'*.{format}')
+    rows = []
+    for network in (f'local-dir:{exported / "python"}', path):
+        result = supervit('predict', network, folder, '--json', *options)
+        assert result.exit_code == 0, result.output
+        rows.append([json.loads(line) for line in result.stdout.splitlines()])
+    assert how == 'subnet' or {row['subnet'] for row in rows[0]} == {'12:0.5', '24:1'}
+    for one, other in zip(*rows, strict=True):
+        for prediction, expected in zip(other.pop('predictions'), one.pop('predictions'), strict=True):
+            assert prediction.pop('probability') == pytest.approx(expected.pop('probability'), abs=1e-5)
+            assert prediction == expected
+        assert one == other
+
+
+def test_an_exported_file_takes_no_settings_and_no_cascade_of_another_network(exported: Path, folder: Path) -> None:
+    path, = exported.glob('*.onnx')
+    result = supervit('predict', path, folder, '--num-classes', 3)
+    assert result.exit_code == 2 and 'is complete; leave out' in result.stderr
+    result = supervit('predict', path, folder, '--cascade', exported / 'other.json')
+    assert result.exit_code == 1 and 'is a cascade of another network: its num_classes is 4' in result.stderr
 
 
 def test_an_unreadable_image_is_named_and_the_rest_done(source: str, folder: Path, tmp_path: Path) -> None:

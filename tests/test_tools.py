@@ -225,7 +225,7 @@ def test_results_of_evaluate_and_profile_are_joined_by_subnet(tmp_path):
         dict(point, top1=80.0, batch_size=8, latency_ms=9.0)]
     with pytest.raises(ValueError, match=r'subnet 12:0\.5 in several settings; choose: batch_size=1 or 8$'):
         merge_results([evaluated, profiled])
-    with pytest.raises(ValueError, match=r'batchsize is no setting of results; use img_size, keep_rate, batch_size, '):
+    with pytest.raises(ValueError, match=r'batchsize is no setting of results; use epoch, img_size, keep_rate, '):
         merge_results([profiled], {'batchsize': 8})
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from .models.supervit import SuperVisionTransformer
 from .subnets import Size, Subnet, check_subnet
 from .tools.fingerprint import fingerprint
 
-__all__ = ['NUM_STAGES', 'Cascade', 'check_thresholds', 'confidence', 'parting_block']
+__all__ = ['NUM_STAGES', 'Cascade', 'check_thresholds', 'confidence', 'parting_block', 'read_cascade']
 
 NUM_STAGES = (2, 3, 4)
 
@@ -65,6 +65,38 @@ def parting_block(model: SuperVisionTransformer, stage: Subnet, earlier: Subnet)
         return None
     one, other = model._schedule(stage), model._schedule(earlier)
     return min((block for block in {**one, **other} if one.get(block) != other.get(block)), default=len(model.blocks))
+
+
+def read_cascade(path: str | os.PathLike, network: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the stages and thresholds of a file that ``supervit cascade`` wrote, as they stand there.
+
+    Args:
+        path: The file.
+        network: The network that it must be of, from ``fingerprint``. If only the weights differ, there is a warning.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no cascade, or one of another network; the message says what differs.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        stages, thresholds, known = (content[key] for key in ('stages', 'thresholds', 'network'))
+        there, here = dict(known), json.loads(json.dumps(network))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f'{path} holds no cascade ({type(error).__name__}: {error}); give a file that "supervit cascade" wrote',
+        ) from error
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing and differing != ['weights']:
+        key = differing[0]
+        raise ValueError(
+            f'{path} is a cascade of another network: its {key} is {there.get(key)} and here {here[key]}; give the '
+            f'model that it was calibrated on, or calibrate this one with "supervit cascade"')
+    if differing:
+        warnings.warn(
+            f'{path} was calibrated on other weights of this network, and its thresholds may not suit these; '
+            f'calibrate them with "supervit cascade"', stacklevel=3)
+    return stages, thresholds
 
 
 class Cascade(nn.Module):
@@ -131,24 +163,7 @@ class Cascade(nn.Module):
             FileNotFoundError: If there is no such file.
             ValueError: If it holds no cascade, or one of another network; the message says what differs.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding='utf-8'))
-            stages, thresholds, network = (content[key] for key in ('stages', 'thresholds', 'network'))
-            there, here = dict(network), json.loads(json.dumps(fingerprint(model)))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f'{path} holds no cascade ({type(error).__name__}: {error}); give a file that "supervit cascade" '
-                f'wrote') from error
-        differing = [key for key in here if there.get(key) != here[key]]
-        if differing and differing != ['weights']:
-            key = differing[0]
-            raise ValueError(
-                f'{path} is a cascade of another network: its {key} is {there.get(key)} and here {here[key]}; give the '
-                f'model that it was calibrated on, or calibrate this one with "supervit cascade"')
-        if differing:
-            warnings.warn(
-                f'{path} was calibrated on other weights of this network, and its thresholds may not suit these; '
-                f'calibrate them with "supervit cascade"', stacklevel=2)
+        stages, thresholds = read_cascade(path, fingerprint(model))
         try:
             return cls(model, stages, thresholds)
         except ValueError as error:

@@ -50,10 +50,11 @@ def command(
 ) -> None:
     """Say what images show: the most probable classes, and which subnet of MODEL answered.
 
-    Images are files, folders with all that is in them, or a data set of timm's with --dataset and --data-dir. They are
-    prepared as for "supervit evaluate". With --output a run that was stopped goes on where it was when called again,
-    and each process under torchrun takes its share of the images and writes a file of its own, FILE-RANK-of-SIZE.jsonl.
-    --json prints the same lines. Images that cannot be read are named on stderr, and the exit code is then 1.
+    MODEL is a name, a checkpoint of train.py, or a file of "supervit export". Images are files, folders with all in
+    them, or a data set of timm's with --dataset and --data-dir. They are prepared as for "supervit evaluate". With
+    --output a run that was stopped goes on where it was when called again, and each process under torchrun takes its
+    share of the images and writes a file of its own, FILE-RANK-of-SIZE.jsonl. --json prints the same lines. Images that
+    cannot be read are named on stderr, and the exit code is then 1.
 
     \b
     supervit predict local-dir:output/digits photo.png --subnet 16:0.7 --top 3
@@ -61,11 +62,21 @@ def command(
     """
     import torch
 
-    from ..cascade import Cascade
+    from ..cascade import Cascade, read_cascade
     from ..subnets import check_subnet
-    from ..tools.class_names import class_names
     from ..tools.data import open_dataset
-    from ..tools.predict import Share, digest_run, open_images, open_log, predict, run_cascade, run_subnet, share_path
+    from ..tools.predict import (
+        Share,
+        digest_run,
+        open_images,
+        open_log,
+        predict,
+        run_cascade,
+        run_program_cascade,
+        run_subnet,
+        share_path,
+    )
+    from ..tools.program import Program
     from ..tools.progress import silent
     from .progress import track
     from .tables import list_table, print_table
@@ -81,14 +92,16 @@ def command(
     where = options.resolve_device(device)
     if where == 'cuda' and share.size > 1:
         where = f'cuda:{os.environ.get("LOCAL_RANK", share.rank)}'
-    model: Any = options.load_network(**model_options).model.to(where)
-    names = class_names(model) or [f'class {i}' for i in range(model.num_classes)]
-    if cascade:
+    model, names = _load(where, **model_options)
+    if cascade and isinstance(model, Program):
+        how = read_cascade(cascade, model.network)
+        classify = run_program_cascade(model, *how)
+    elif cascade:
         stages = Cascade.load(model, cascade)
-        classify, how = run_cascade(stages), [*stages.stages, *stages.thresholds]
+        classify, how = run_cascade(stages), (stages.stages, stages.thresholds)
     else:
         chosen = check_subnet(subnet or model.subnet, model.img_sizes)
-        classify, how = run_subnet(model, chosen), [*chosen]
+        classify, how = run_subnet(model, chosen), chosen
     precision = amp_dtype if amp else 'float32'
 
     failed: list[str] = []
@@ -120,6 +133,23 @@ def command(
     _wait_for_others(share.size)
     if failed:
         raise click.ClickException(f'{len(failed)} images could not be read; all others were predicted')
+
+
+def _load(device: str, model: str, class_names: str | None, **settings: Any) -> tuple[Any, list[str]]:
+    """Return a network, or an exported file, and the names of its classes."""
+    from ..tools.class_names import class_names as names_of
+    from ..tools.class_names import read_class_names
+    from ..tools.program import is_program, load_program
+
+    if is_program(model):
+        if any(settings.values()):
+            raise click.UsageError(f'{model} is complete; leave out --checkpoint, --num-classes and settings.')
+        network: Any = load_program(model, device)
+        names = read_class_names(class_names, network.num_classes) if class_names else network.class_names
+    else:
+        network = options.load_network(model, class_names=class_names, **settings).model.to(device)
+        names = names_of(network)
+    return network, names or [f'class {i}' for i in range(network.num_classes)]
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,18 +20,29 @@ from timm.data.readers.reader import Reader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..cascade import Cascade
+from ..cascade import Cascade, check_thresholds, confidence
 from ..models.supervit import SuperVisionTransformer
-from ..subnets import Subnet
+from ..subnets import Size, Subnet, check_subnet
 from .data import ReadableImages, create_evaluation_loader
 from .evaluate import check_finite
 from .files import check_output_folder
 from .fingerprint import fingerprint
+from .program import Program
 from .progress import Progress, silent
 
 __all__ = [
-    'Classifier', 'Log', 'Share', 'digest_run', 'open_images', 'open_log', 'predict', 'run_cascade', 'run_subnet',
-    'share_path']
+    'Classifier',
+    'Log',
+    'Share',
+    'digest_run',
+    'open_images',
+    'open_log',
+    'predict',
+    'run_cascade',
+    'run_program_cascade',
+    'run_subnet',
+    'share_path',
+]
 
 # Takes images [B, C, H, W] and returns their logits [B, classes] and the subnet that each is from.
 Classifier = Callable[[Tensor], tuple[Tensor, Sequence[Subnet]]]
@@ -111,6 +122,36 @@ def run_subnet(network: Any, subnet: Subnet) -> Classifier:
     """Return a classifier that runs one subnet of a network."""
     def classify(images: Tensor) -> tuple[Tensor, Sequence[Subnet]]:
         return network(images, img_size=subnet.img_size, keep_rate=subnet.keep_rate), [subnet] * len(images)
+
+    return classify
+
+
+def run_program_cascade(
+        program: Program,
+        stages: Sequence[tuple[Size, float]],
+        thresholds: Sequence[float],
+) -> Classifier:
+    """Return a classifier that runs a cascade of an exported elastic file, in which each stage starts over.
+
+    Raises:
+        ValueError: If the file has no such subnet, or there are no such thresholds.
+    """
+    subnets = [check_subnet(stage, program.img_sizes) for stage in stages]
+    limits = [*check_thresholds(thresholds, len(subnets)), 0.]
+
+    def classify(images: Tensor) -> tuple[Tensor, Sequence[Subnet]]:
+        left = torch.arange(len(images), device=images.device)
+        logits, answered = images.new_empty(len(images), program.num_classes), [subnets[-1]] * len(images)
+        for subnet, limit in zip(subnets, limits, strict=True):
+            found = program(images[left], *subnet).to(images.device)
+            stops = confidence(found) >= limit
+            logits[left[stops]] = found[stops]
+            for place in left[stops].tolist():
+                answered[place] = subnet
+            left = left[~stops]
+            if not len(left):
+                break
+        return logits, answered
 
     return classify
 
@@ -213,14 +254,14 @@ def _reason(part: Any, place: int) -> str:
     return 'it could not be read at first'
 
 
-def digest_run(network: Any, *settings: Any) -> str:
+def digest_run(network: SuperVisionTransformer | Program, *settings: Any) -> str:
     """Return a few letters that tell a run from those of other networks and settings.
 
     Args:
-        network: A SuperViT, or what is known of an exported one.
+        network: A SuperViT, or an exported one.
         settings: What else its lines depend on.
     """
-    what = fingerprint(network) if isinstance(network, SuperVisionTransformer) else network
+    what = fingerprint(network) if isinstance(network, SuperVisionTransformer) else network.facts
     return hashlib.sha256(json.dumps([what, *settings], default=str).encode()).hexdigest()[:12]
 
 
