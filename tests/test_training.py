@@ -1,5 +1,6 @@
 """Runs of several processes, killed runs and compiled runs reach what one undisturbed run reaches."""
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import yaml
 from click.testing import CliRunner
 from timm.models import save_for_hf
 from timm.task import ClassificationTask, resume_task_checkpoint
+from timm.utils import ModelEmaV3
 
 from timm_supervit.cli import main
 from timm_supervit.tools.recipes import read_recipe, recipe_names
@@ -165,6 +167,17 @@ def test_a_recipe_of_the_paper_has_the_numbers_of_the_official_code(name, offici
     lr = recipe.get('lr') or recipe['lr_base'] * 4 * recipe['batch_size'] / recipe['lr_base_size']
     assert lr == (1e-3 if official is OFFICIAL_DEIT else 1.6e-3)
     assert recipe.get('lr_base_scale', 'linear') == 'linear'
+
+
+@pytest.mark.parametrize('photos', [500, 5_000])
+def test_the_averaged_weights_of_finetune_forget_the_head_that_was_drawn_at_the_start(photos):
+    recipe = yaml.safe_load(read_recipe('finetune'))
+    average = ModelEmaV3(
+        torch.nn.Linear(1, 1), decay=recipe['model_ema_decay'], use_warmup=recipe.get('model_ema_warmup', False))
+    updates = photos // recipe['batch_size'] * recipe['epochs']
+    left = math.prod(average.get_decay(update) for update in range(2, updates + 1))  # the first copies the weights
+    assert updates > 200
+    assert left < 1e-3
 
 
 needs_scripts = pytest.mark.skipif(not TIMM_SCRIPTS, reason='TIMM_SCRIPTS does not name the folder of train.py')
