@@ -19,10 +19,10 @@ from timm_supervit.timm_patches import PATCHES
 
 MODELS = ['supervit_base', 'supervit_digits', 'supervit_small', 'supervit_tiny']
 # Tools and commands import these others, and never are what timm meets first: one of each kind is enough.
-SUBMODULES = sorted(
+SUBMODULES = [
     module.name for module in pkgutil.walk_packages(timm_supervit.__path__, 'timm_supervit.')
-    if not module.name.startswith(('timm_supervit.tools.', 'timm_supervit.cli.', 'timm_supervit.__main__'))
-) + ['timm_supervit.tools.evaluate', 'timm_supervit.cli.options']
+    if not module.name.startswith(('timm_supervit.tools.', 'timm_supervit.cli.', 'timm_supervit.__main__'))]
+SUBMODULES += ['timm_supervit.tools.evaluate', 'timm_supervit.cli.options']
 
 # Runs each code of a JSON list in a fork of a process that has torch loaded but neither timm nor this package, and
 # reports its variable "answer": as good as a fresh process for what is tested here, and much faster.
