@@ -204,7 +204,8 @@ def measure_elastic(args: argparse.Namespace) -> None:
         with torch.no_grad():
             expected = model(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
         worst = max(worst, (programs['elastic'](x, *subnet) - expected).abs().max().item())
-    print(f'largest difference from the model {worst:.1e}; session of the last fixed file {session_memory(path):.0f} MiB')
+    print(f'largest difference from the model {worst:.1e}')
+    print(f'session of the last fixed file {session_memory(path):.0f} MiB')
 
 
 def session_memory(path: Path) -> float:
