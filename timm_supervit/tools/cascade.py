@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from ..cascade import NUM_STAGES, Cascade, parting_block
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .evaluate import bad_images, check_finite
 from .files import replace_file
-from .fingerprint import fingerprint
 from .progress import Progress, silent
 from .results import Row, subnet_of
 

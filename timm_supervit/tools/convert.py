@@ -12,11 +12,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import format_size
 from .checkpoints import Checkpoint, load_checkpoint
 from .files import TEMPORARY, fill_folder
-from .fingerprint import fingerprint
 from .results import Results, column_of, difference, subnet_of
 from .text import markdown
 

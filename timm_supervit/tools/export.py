@@ -18,12 +18,12 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet, format_size, size_2d
 from .class_names import class_names
 from .elastic import ElasticNetwork, Requirement
 from .files import fill_folder
-from .fingerprint import fingerprint
 from .fixed_subnet import FixedSubnet
 from .program import FACTS, load_program, manifest_path
 from .progress import Progress, silent
