@@ -3,6 +3,7 @@
     python tests/benchmark.py subnets    each subnet, against the reference and against keeping the first tokens
     python tests/benchmark.py all        all subnets at once, against one after the other
     python tests/benchmark.py step       a training step, against four separate passes; its peak memory too
+    python tests/benchmark.py elastic    one ONNX file of all subnets, against a file for each, and its int8 form
 
 All contestants take turns in one process, so that drift of the machine hits all alike. Ratios are medians over the
 rounds of the ratio within a round; in brackets, their quartiles. Options: --help.
@@ -10,8 +11,11 @@ rounds of the ratio within a round; in brackets, their quartiles. Options: --hel
 import argparse
 import contextlib
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
@@ -21,6 +25,9 @@ from reference_lvvit import ReferenceLVViT
 from timm_supervit import Subnet, SuperVisionTransformer, SuperViTTask
 from timm_supervit.models.lvvit import ScaledResidualBlock, SuperLVViT
 from timm_supervit.models.token_keeping import TokenKeepingBlock
+from timm_supervit.subnets import format_size
+from timm_supervit.tools.export import Int8, export_model
+from timm_supervit.tools.program import load_program
 
 
 class KeepFirst:
@@ -168,6 +175,51 @@ def measure_step(args: argparse.Namespace) -> None:
         print(f'{name:30} {1000 * statistics.median(times[name]):9.1f}     {text}   {peak_memory(run, args.device)}')
 
 
+def measure_elastic(args: argparse.Namespace) -> None:
+    model = networks(args)[0].eval()
+    x = torch.randn(args.batch_size, 3, 224, 224)
+    folder = Path(args.folder)
+    paths = {'elastic': folder / f'{args.model}.onnx', 'int8': folder / f'{args.model}-int8.onnx'}
+    for name, path in paths.items():
+        if not path.exists():
+            export_model(model, folder, 'onnx', int8=Int8() if name == 'int8' else None)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    for name, path in paths.items():
+        print(f'{name}: {path.stat().st_size / weights:.3f} x the weights, session {session_memory(path):.0f} MiB')
+    programs = {name: load_program(path) for name, path in paths.items()}
+    worst = 0.
+    print('subnet        ms   / fixed file            int8 / elastic')
+    for subnet in model.subnets:
+        path = folder / f'{args.model}-{format_size(subnet.img_size)}-{subnet.keep_rate}.onnx'
+        if not path.exists():
+            export_model(model, folder, 'onnx', [subnet])
+        fixed = load_program(path)
+        times = interleave({
+            'elastic': lambda subnet=subnet: programs['elastic'](x, *subnet),
+            'fixed': lambda fixed=fixed: fixed(x),
+            'int8': lambda subnet=subnet: programs['int8'](x, *subnet),
+        }, args.rounds, args.device)
+        print(f'{subnet!s:9} {1000 * statistics.median(times["elastic"]):7.1f}   {ratio(times, "elastic", "fixed")[1]}'
+              f'   {ratio(times, "int8", "elastic")[1]}', flush=True)
+        with torch.no_grad():
+            expected = model(x, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
+        worst = max(worst, (programs['elastic'](x, *subnet) - expected).abs().max().item())
+    print(f'largest difference from the model {worst:.1e}')
+    print(f'session of the last fixed file {session_memory(path):.0f} MiB')
+
+
+def session_memory(path: Path) -> float:
+    """Return the MiB by which a process grows when it loads a file and runs its largest subnet once."""
+    code = (
+        'import sys, torch; from timm_supervit.tools.program import load_program\n'
+        'import onnxruntime; torch.set_num_threads(1)\n'
+        'rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20\n'
+        'before = rss(); program = load_program(sys.argv[1])\n'
+        'program(torch.zeros(1, *program.pretrained_cfg["input_size"])); print(rss() - before)')
+    return float(subprocess.run(
+        [sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True).stdout)
+
+
 def peak_memory(run: Callable[[], object], device: str) -> str:
     """Run once and return the most memory that tensors took beyond what was there before, as text."""
     if device == 'cuda':
@@ -191,7 +243,8 @@ def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('measurement', choices=('subnets', 'all', 'step'))
+    parser.add_argument('measurement', choices=('subnets', 'all', 'step', 'elastic'))
+    parser.add_argument('--folder', default='output/benchmark', help='where exported files are or go (elastic only)')
     parser.add_argument('--model', default='supervit_small')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--rounds', type=int, default=10)
@@ -199,4 +252,5 @@ if __name__ == '__main__':
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the blocks (step only)')
     arguments = parser.parse_args()
-    {'subnets': measure_subnets, 'all': measure_all, 'step': measure_step}[arguments.measurement](arguments)
+    {'subnets': measure_subnets, 'all': measure_all, 'step': measure_step, 'elastic': measure_elastic,
+     }[arguments.measurement](arguments)

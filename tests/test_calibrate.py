@@ -245,8 +245,8 @@ def test_what_is_wrong_is_one_line(given: list[Any], arguments: list[Any], code:
     assert message in result.stderr.splitlines()[-1]
 
 
-def test_a_folder_of_no_or_one_image_calibrates_nothing(given: list[Any], tmp_path: Path) -> None:
-    where = [tmp_path if str(item).endswith('images0') else item for item in given]
+def test_a_folder_of_no_or_one_image_calibrates_nothing(given: list[Any], folder: Path, tmp_path: Path) -> None:
+    where = [tmp_path if item == folder else item for item in given]
     (tmp_path / 'validation' / 'class0').mkdir(parents=True)
     result = supervit('cascade', *where)
     assert result.exit_code == 1 and 'Found 0 images' in result.stderr

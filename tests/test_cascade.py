@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_supervit import Cascade
+from timm_supervit.fingerprint import fingerprint
 from timm_supervit.subnets import sort_sizes
-from timm_supervit.tools.fingerprint import fingerprint
 
 BACKBONES = ['supervit_tiny', 'supervit_lvvit_small']
 # Stages of one size, of several, and of one that go on past another.

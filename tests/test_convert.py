@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -10,6 +11,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from hub_server import COMMIT, hub_environment, serve
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from timm_supervit.cli import main
@@ -304,3 +306,18 @@ def test_the_command_converts_and_tells_usage_from_failure(model, tmp_path):
     assert failed.exit_code == 1
     assert 'head.weight' in failed.stderr
     assert CliRunner().invoke(main, ['convert', str(tmp_path / 'none.pth'), *arguments]).exit_code == 2
+
+
+@pytest.mark.parametrize('license', [None, 'cc-by-nc-4.0'])
+def test_the_licence_is_what_the_user_says(tmp_path, license):
+    model = timm.create_model('supervit_digits', **SETTINGS)
+    convert_checkpoint(save(model.state_dict(), tmp_path / 'net.pth'), model, tmp_path / 'net', license=license)
+    card = ModelCard.load(tmp_path / 'net' / 'README.md')
+    assert card.data.license == license
+    assert json.loads((tmp_path / 'net' / 'config.json').read_text())['pretrained_cfg'].get('license') == license
+    timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
+
+
+def test_a_card_names_the_backbone(tmp_path):
+    model = timm.create_model('supervit', backbone='deit_tiny_patch16_224', embed_dim=12, depth=4)
+    assert '`supervit` of `deit_tiny_patch16_224`, a Super' in convert.model_card(model, 'local-dir:net').text

@@ -13,9 +13,9 @@ from timm.data import resolve_data_config
 
 from timm_supervit import Subnet
 from timm_supervit.cli import main
+from timm_supervit.fingerprint import fingerprint
 from timm_supervit.tools import export
 from timm_supervit.tools.export import ExportError, export_model
-from timm_supervit.tools.fingerprint import fingerprint
 from timm_supervit.tools.program import load_program
 
 SUBNETS = [Subnet(12, 0.5), Subnet(24, 0.7)]

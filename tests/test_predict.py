@@ -18,8 +18,8 @@ from PIL import Image
 
 from timm_supervit import Cascade
 from timm_supervit.cli import main
+from timm_supervit.fingerprint import fingerprint
 from timm_supervit.tools.export import export_model
-from timm_supervit.tools.fingerprint import fingerprint
 from timm_supervit.tools.predict import Log, Share, open_images, predict, run_subnet
 from timm_supervit.tools.visualize import read_image
 

@@ -28,9 +28,6 @@ ELSEWHERE = ('pip install', 'pytest', 'python tests/benchmark', '.ci/run')
 SCRIPTS = re.compile(r'(torchrun --nproc-per-node \d+ |python )(train|validate)\.py')
 
 
-PAGES = [p for p in PAGES if (ROOT / p).exists()]  # TEMP
-
-
 def list_blocks() -> list[Any]:
     """Return all commands and snippets, as (page, language, text)."""
     found = []
@@ -122,7 +119,7 @@ def test_every_command_and_snippet_runs_in_order(reader: Reader) -> None:
         start = time.perf_counter()
         if language == 'bash':
             ran += reader.run_shell(text)
-        elif language == 'python':
+        elif language == 'python' and page != 'docs/deployment.md':  # which test_deployment.py runs
             reader.run_python(page, text)
         print(f'{time.perf_counter() - start:5.1f} s  {page}: {text.splitlines()[0]}')
     commands = {command.split()[1] for command in ran}

@@ -18,9 +18,11 @@ import timm_supervit
 from timm_supervit.timm_patches import PATCHES
 
 MODELS = ['supervit_base', 'supervit_digits', 'supervit_small', 'supervit_tiny']
-SUBMODULES = sorted(
+# Tools and commands import these others, and never are what timm meets first: one of each kind is enough.
+SUBMODULES = [
     module.name for module in pkgutil.walk_packages(timm_supervit.__path__, 'timm_supervit.')
-    if not module.name.endswith('__main__'))
+    if not module.name.startswith(('timm_supervit.tools.', 'timm_supervit.cli.', 'timm_supervit.__main__'))]
+SUBMODULES += ['timm_supervit.tools.evaluate', 'timm_supervit.cli.options']
 
 # Runs each code of a JSON list in a fork of a process that has torch loaded but neither timm nor this package, and
 # reports its variable "answer": as good as a fresh process for what is tested here, and much faster.

@@ -16,13 +16,13 @@ from PIL import Image
 
 import timm_supervit
 from timm_supervit import Subnet
+from timm_supervit.fingerprint import fingerprint
 from timm_supervit.tools.choose import best_subnet, merge_results, pareto_front
 from timm_supervit.tools.convert import convert_checkpoint
 from timm_supervit.tools.data import create_evaluation_loader, open_dataset
 from timm_supervit.tools.evaluate import evaluate
 from timm_supervit.tools.export import export_model
 from timm_supervit.tools.files import check_output_folder, fill_folder, replace_file
-from timm_supervit.tools.fingerprint import fingerprint
 from timm_supervit.tools.macs import count_macs
 from timm_supervit.tools.pictures import draw_operating_points
 from timm_supervit.tools.profile import profile

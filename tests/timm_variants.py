@@ -13,6 +13,13 @@ def supervit_hybrid(pretrained: bool = False, **kwargs: Any) -> Any:
 
 
 @register_model
+def supervit_rectangles(pretrained: bool = False, **kwargs: Any) -> Any:
+    """SuperViT at sizes that are not square."""
+    sizes = dict(img_sizes=((96, 48), (160, 80), (224, 112)))
+    return supervit(pretrained, backbone='deit_tiny_patch16_224', **sizes, **kwargs)
+
+
+@register_model
 def supervit_distilled(pretrained: bool = False, **kwargs: Any) -> Any:
     """SuperViT on a network with two heads."""
     return supervit(pretrained, backbone='deit_tiny_distilled_patch16_224', **kwargs)

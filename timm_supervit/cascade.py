@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .fingerprint import fingerprint
 from .models.supervit import SuperVisionTransformer
 from .subnets import Size, Subnet, check_subnet
-from .tools.fingerprint import fingerprint
 
 __all__ = ['NUM_STAGES', 'Cascade', 'check_thresholds', 'confidence', 'parting_block', 'read_cascade']
 

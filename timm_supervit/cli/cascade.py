@@ -63,6 +63,7 @@ def command(
     """
     import torch
 
+    from ..fingerprint import fingerprint
     from ..tools.cascade import (
         calibrate,
         collect_answers,
@@ -74,7 +75,6 @@ def command(
     from ..tools.choose import merge_results, pareto_front
     from ..tools.data import create_evaluation_loader, open_dataset
     from ..tools.files import check_output_folder, fill_folder
-    from ..tools.fingerprint import fingerprint
     from ..tools.pictures import draw_operating_points
     from ..tools.results import Results, save_results, subnet_of
     from .progress import track

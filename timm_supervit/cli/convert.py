@@ -15,6 +15,8 @@ __all__ = ['command']
 @click.option('--model', metavar='NAME', help='The model that the checkpoint is of, if it does not say so itself.')
 @click.option('--output', required=True, type=click.Path(file_okay=False), metavar='DIR', help='Folder to write.')
 @click.option('--push', metavar='REPO', help='Upload the folder to this repository, USER/NAME, as who is logged in.')
+@click.option('--private', is_flag=True, help='Make the repository of --push private, if it is new.')
+@click.option('--license', metavar='NAME', help='Licence of the weights, as in cc-by-nc-4.0 (default: none is named).')
 @click.option(
     '--results', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
     help='Results of "supervit evaluate" or "profile", for the model card.')
@@ -25,6 +27,8 @@ def command(
         model: str | None,
         output: str,
         push: str | None,
+        private: bool,
+        license: str | None,
         results: str | None,
         use_ema: bool,
         **settings: Any,
@@ -45,6 +49,8 @@ def command(
     from ..tools.convert import check_repo_id, convert_checkpoint, push_folder
     from ..tools.results import load_results
 
+    if private and push is None:
+        raise click.UsageError('--private is for --push; add it or leave it out.')
     if push is not None:
         check_repo_id(push)
     network = load_network(model, file, use_ema, **settings)
@@ -55,8 +61,9 @@ def command(
         results=load_results(results) if results else None,
         use_ema=use_ema,
         repo_id=push,
+        license=license,
     )
-    address = None if push is None else push_folder(output, push)  # before the first line, which can fail
+    address = None if push is None else push_folder(output, push, private)  # before the first line, which can fail
     print_json({'folder': output, 'address': address})
     echo(output)
     if address:

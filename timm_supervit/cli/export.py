@@ -34,6 +34,7 @@ __all__ = ['command']
 @click.option(
     '--data-dir', metavar='DIR',
     help='Folder of a data set, a folder of images for each class, to compare the accuracy of int8 and float32 on.')
+@click.option('-j', '--workers', default=4, show_default=True, type=click.IntRange(0), help='Processes reading images.')
 @click.option('--output', type=click.Path(file_okay=False), metavar='DIR', required=True, help='Folder for the files.')
 @device_option
 def command(
@@ -43,6 +44,7 @@ def command(
         quantize: str | None,
         calibration_data: str | None,
         data_dir: str | None,
+        workers: int,
         output: str,
         device: str | None,
         **settings: Any,
@@ -79,8 +81,8 @@ def command(
     int8 = None
     if quantize:
         int8 = Int8(
-            create_calibration_loader(calibration_data, network) if calibration_data else None,
-            create_evaluation_loader(open_dataset(data_dir), network, batch_size=64) if data_dir else None)
+            create_calibration_loader(calibration_data, network, workers) if calibration_data else None,
+            create_evaluation_loader(open_dataset(data_dir), network, 64, workers) if data_dir else None)
     manifests = export_model(network, output, format, subnets, int8, track)
     print_json(manifests)
     for manifest in manifests:
@@ -89,20 +91,26 @@ def command(
 
 
 def _rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return manifest.get('comparison') or manifest['subnets']
+    compared = manifest.get('comparison')
+    if not compared:
+        return manifest['subnets']
+    return [
+        {**one, **{f'int8_{key}': other[key] for key in ('top1', 'latency_ms') if key in other},
+         'kept_same': other.get('kept_same')}
+        for one, other in zip(compared[::2], compared[1::2], strict=True)]
 
 
 def _columns(manifest: dict[str, Any]) -> list[str]:
     compared = ['top1', 'int8_top1', 'kept_same', 'latency_ms', 'int8_latency_ms']
-    return ['img_size', 'keep_rate', 'macs', *(key for key in compared if key in _rows(manifest)[0])]
+    return ['img_size', 'keep_rate', 'macs', *(key for key in compared if _rows(manifest)[0].get(key) is not None)]
 
 
 def _summary(manifest: dict[str, Any]) -> str:
     text = f'{manifest["file"]}: {manifest["bytes"] / 2 ** 20:.1f} MiB'
     if manifest['precision'] == 'float32':
         return f'{text}, differs from the model by {max(manifest["max_difference"].values()):.1e} at most on logits'
-    rows = manifest['comparison']
     text += f', {manifest["bytes"] / manifest["float32_bytes"]:.2f} of float32'
+    rows = _rows(manifest)
     if 'top1' in rows[0]:
         loss = sum(row['top1'] - row['int8_top1'] for row in rows) / len(rows)
         text += f'; top-1 {loss:.2f} points lower in the mean over subnets, on {rows[0]["count"]} images'

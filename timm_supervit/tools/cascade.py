@@ -5,7 +5,7 @@ number on the other images. All combinations of subnets are tried, with many thr
 many of them look perfect, so
 
 - of cascades that are right equally often, the one wins whose last stage, which decides the hard images, of which there
-  are few, gives the true classes of all images the highest mean probability;
+  are few, gives the true classes of all images the highest mean probability; then the one that leaves it the most;
 - one more stage must gain more than one standard error of the difference on the calibration images.
 """
 import itertools
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from ..cascade import NUM_STAGES, Cascade, parting_block
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .evaluate import bad_images, check_finite
 from .files import replace_file
-from .fingerprint import fingerprint
 from .progress import Progress, silent
 from .results import Row, subnet_of
 
@@ -109,6 +109,7 @@ class Point(NamedTuple):
         accuracy: Share of the images that it is right on.
         truth: Mean probability that it gives the true class.
         cost: Mean cost of an image.
+        last: Share of the images that stop at the last stage.
     """
 
     stages: tuple[int, ...]
@@ -116,6 +117,7 @@ class Point(NamedTuple):
     accuracy: float
     truth: float
     cost: float
+    last: float = 1.
 
 
 class Comparison(NamedTuple):
@@ -314,9 +316,10 @@ class _Table(NamedTuple):
 
     stages: tuple[int, ...]
     thresholds: list[np.ndarray]
-    accuracy: np.ndarray  # [thresholds of the first stage, of the second, ...], as the next two
+    accuracy: np.ndarray  # [thresholds of the first stage, of the second, ...], as those that follow
     truth: np.ndarray
     cost: np.ndarray
+    last: np.ndarray
 
 
 def _tabulate(answers: Answers, costs: Costs, macs: Costs) -> Iterator[_Table]:
@@ -332,13 +335,13 @@ def _tabulate(answers: Answers, costs: Costs, macs: Costs) -> Iterator[_Table]:
             thresholds = [candidates[stage] for stage in stages[:-1]]
             shape = tuple(len(values) + 1 for values in thresholds)
             cells = np.ravel_multi_index([reached[stage] for stage in stages[:-1]], shape)
-            accuracy, truth, cost = (np.zeros([len(values) for values in thresholds]) for _ in range(3))
+            accuracy = truth = cost = last = np.zeros([len(values) for values in thresholds])
             for i, (stage, total) in enumerate(zip(stages, costs.totals(stages), strict=True)):
-                for table, weights, factor in (
-                        (accuracy, answers.correct[stage], 1), (truth, answers.truth[stage], 1), (cost, None, total)):
-                    counts = np.bincount(cells, weights, math.prod(shape)).reshape(shape)
-                    table += factor * _sum_stopping(counts, i) / answers.num_images
-            yield _Table(stages, thresholds, accuracy, truth, cost)
+                right, sure, last = (
+                    _sum_stopping(np.bincount(cells, weights, math.prod(shape)).reshape(shape), i) / answers.num_images
+                    for weights in (answers.correct[stage], answers.truth[stage], None))
+                accuracy, truth, cost = accuracy + right, truth + sure, cost + total * last
+            yield _Table(stages, thresholds, accuracy, truth, cost, last)
 
 
 def _thresholds(confidence: np.ndarray, number: int) -> np.ndarray:
@@ -381,7 +384,7 @@ def _best(tables: Sequence[_Table], answers: Answers, budget: float) -> Point | 
             point for table in tables if len(table.stages) == num_stages and (point := _best_of(table, budget))]
         if not candidates:
             continue
-        point = max(candidates, key=lambda point: (point.accuracy, quality[point.stages[-1]], point.truth))
+        point = max(candidates, key=lambda point: (point.accuracy, quality[point.stages[-1]], point.last))
         if best is None or _gains(point, best, answers):
             best = point
     return best
@@ -393,11 +396,11 @@ def _best_of(table: _Table, budget: float) -> Point | None:
         return None
     # Accuracies differ by at least one image, far more than the sums are off.
     accuracy = np.where(fits, table.accuracy.round(9), -1)
-    place = int(np.where(accuracy == accuracy.max(), table.truth, -1).argmax())
+    place = int(np.where(accuracy == accuracy.max(), table.last, -1).argmax())
     index = np.unravel_index(place, table.cost.shape)
     return Point(
         table.stages, tuple(float(values[i]) for values, i in zip(table.thresholds, index, strict=True)),
-        float(accuracy[index]), float(table.truth[index]), float(table.cost[index]))
+        float(accuracy[index]), float(table.truth[index]), float(table.cost[index]), float(table.last[index]))
 
 
 def _gains(point: Point, other: Point, answers: Answers) -> bool:

@@ -12,11 +12,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import format_size
 from .checkpoints import Checkpoint, load_checkpoint
 from .files import TEMPORARY, fill_folder
-from .fingerprint import fingerprint
 from .results import Results, column_of, difference, subnet_of
 from .text import markdown
 
@@ -34,6 +34,7 @@ def convert_checkpoint(
         results: Results | None = None,
         use_ema: bool = False,
         repo_id: str | None = None,
+        license: str | None = None,
 ) -> Checkpoint:
     """Write a checkpoint as a folder for the Hub; ``timm.create_model('local-dir:FOLDER', pretrained=True)`` reads it.
 
@@ -46,6 +47,7 @@ def convert_checkpoint(
         results: Operating points for the model card.
         use_ema: Take the averaged weights where the file has them.
         repo_id: Repository that the model card tells readers to load, ``user/name`` (default: the folder).
+        license: Licence of the weights, as the Hub names it, such as ``cc-by-nc-4.0`` (default: none is named).
 
     Returns:
         What was read of the checkpoint.
@@ -62,14 +64,15 @@ def convert_checkpoint(
     output_dir = Path(output_dir)
     with fill_folder(output_dir) as folder:
         _check_replaceable(output_dir)
-        card = model_card(model, f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.resolve().name}', results)
+        source = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{output_dir.resolve().name}'
+        card = model_card(model, source, results, license)
         checkpoint = load_checkpoint(model, path, use_ema)
         if results is not None and (found := difference(results, Results('', [], network=fingerprint(model)))):
             raise ValueError(
                 f'these results are of another network than {path}: {found}; evaluate the checkpoint itself')
         try:
-            # The tag of the variant names where its default weights come from, which are not these.
-            config: Any = {'pretrained_cfg': {'tag': ''}}
+            # The tag and licence of the variant are those of its default weights, which are not these.
+            config: Any = {'pretrained_cfg': {'tag': '', 'license': license}}
             names = cast(dict[str, Any], model.pretrained_cfg).get('label_names')
             if names and len(names) == model.num_classes:
                 config['label_names'] = names
@@ -120,33 +123,41 @@ def _checksum(folder: Path, card: bytes) -> bytes:
     return digest.hexdigest().encode()
 
 
-def model_card(model: SuperVisionTransformer, source: str, results: Results | None = None) -> ModelCard:
+def model_card(
+        model: SuperVisionTransformer,
+        source: str,
+        results: Results | None = None,
+        license: str | None = None,
+) -> ModelCard:
     """Return a model card that says what the model is, how to run it and, given results, what its subnets reach.
 
     Args:
         model: The model.
         source: What ``timm.create_model`` takes to load it, such as ``hf-hub:user/name``.
         results: Operating points.
+        license: Licence of the weights.
 
     Raises:
         ValueError: If the results are those of another model or of an interrupted run.
     """
     config: Any = model.pretrained_cfg
     data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', license=config.get('license'),
+        library_name='timm', pipeline_tag='image-classification', license=license,
         tags=['image-classification', 'timm', 'timm-supervit', 'vision-transformer', 'arxiv:2205.11397'])
     example = model.subnets[len(model.subnets) // 2]
+    own = getattr(model, '_model_args', {}).get('backbone')  # where timm keeps what it creates the model from
+    backbone = f' of `{own}`' if own else ''
     sizes, rates = ', '.join(map(format_size, model.img_sizes)), ', '.join(map(str, model.keep_rates))
     text = f"""
 # {markdown(source.partition(':')[2].split('/')[-1])}
 
-`{config['architecture']}`, a Super Vision Transformer ([arXiv 2205.11397](https://arxiv.org/abs/2205.11397)): one
-network that runs at many costs. Each call chooses an image size ({sizes} pixels) and a keep rate ({rates}), the share
-of the tokens that the network goes on with in its dropping blocks. It has {model.num_classes} classes.
+`{config['architecture']}`{backbone}, a Super Vision Transformer ([arXiv 2205.11397](https://arxiv.org/abs/2205.11397)):
+one network that runs at many costs. Each call chooses an image size ({sizes} pixels) and a keep rate ({rates}), the
+share of the tokens that the network goes on with in its dropping blocks. It has {model.num_classes} classes.
 
 ## Use
 
-`pip install timm-supervit` makes it a model of [timm](https://github.com/huggingface/pytorch-image-models):
+With the package timm-supervit installed it is a model of [timm](https://github.com/huggingface/pytorch-image-models):
 
 ```python
 import timm
@@ -180,12 +191,13 @@ def _operating_points(results: Results, model: SuperVisionTransformer, architect
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def push_folder(folder: str | os.PathLike, repo_id: str) -> str:
+def push_folder(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
     """Upload a converted folder to the Hub, as who is logged in there; the repository is made where it is missing.
 
     Args:
         folder: The folder.
         repo_id: Name of the repository, ``user/name``.
+        private: Make a new repository private.
 
     Returns:
         The address of the commit.
@@ -195,7 +207,7 @@ def push_folder(folder: str | os.PathLike, repo_id: str) -> str:
     """
     api = HfApi(library_name='timm-supervit')
     try:
-        repo = api.create_repo(repo_id, exist_ok=True)
+        repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo.repo_id, folder_path=str(folder), allow_patterns=sorted(FILES), commit_message='Add model')
         return commit.commit_url

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from .checkpoints import load_checkpoint, read_checkpoint
 from .evaluate import evaluate
-from .fingerprint import fingerprint
 from .progress import Progress, silent
 from .results import Results, Row, subnet_of
 

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from timm.task import evaluation_sample_limit
 from torch import Tensor
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
 from .data import ReadableImages
-from .fingerprint import fingerprint
 from .progress import Progress, silent
 from .results import Results
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..cascade import Cascade
+from ..fingerprint import fingerprint
 from .cascade import cascade_text
 from .evaluate import bad_images, check_finite, count_hits
-from .fingerprint import fingerprint
 from .progress import Progress, silent
 from .results import Results
 

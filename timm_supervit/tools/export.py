@@ -18,16 +18,17 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet, format_size, size_2d
 from .class_names import class_names
 from .elastic import ElasticNetwork, Requirement
 from .files import fill_folder
-from .fingerprint import fingerprint
 from .fixed_subnet import FixedSubnet
 from .program import FACTS, load_program, manifest_path
 from .progress import Progress, silent
 from .quantize import compare_programs, quantize_program
+from .results import Results, save_results
 
 __all__ = ['BATCH_SIZES', 'FORMATS', 'TOLERANCE', 'UNTRAINED_RATE', 'ExportError', 'Int8', 'export_model',
            'write_program']
@@ -69,8 +70,9 @@ def export_model(
     """Write a model as one elastic file, or some of its subnets as one fixed file each, with a manifest beside each.
 
     The files are called ``MODEL.FORMAT`` and ``MODEL-SIZE-RATE.FORMAT``, with ``-int8`` before the ending if they are,
-    and their manifests like them with ``.json`` added. Nothing in the folder is touched before all is written and
-    checked.
+    and their manifests like them with ``.json`` added. What ``compare_programs`` finds of an int8 file is saved as the
+    results ``MODEL-int8-compared``, for ``supervit choose``, too. Nothing in the folder is touched before all is
+    written and checked.
 
     Args:
         model: The model, on the device that a ``pt2`` program is to run on. It is put into evaluation mode.
@@ -126,10 +128,9 @@ def _export(network: Any, folder: Path, format: str, int8: Int8 | None, progress
             _compare(network, source)
             facts |= {'precision': 'int8', 'calibrated': int8.calibration is not None}
             quantize_program(source, path, json.dumps(facts), int8.calibration)
-            checks = {
-                'float32_bytes': source.stat().st_size,
-                'comparison': compare_programs(network.model, source, path, int8.evaluation, progress),
-            }
+            rows = compare_programs(network.model, source, path, int8.evaluation, progress)
+            save_results(Results(stem, rows, {'partial': False}, facts['network']), folder, f'{stem}-int8-compared')
+            checks = {'float32_bytes': source.stat().st_size, 'comparison': rows}
     content = path.read_bytes()
     manifest = {
         'file': path.name, 'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest(), **facts, **checks}

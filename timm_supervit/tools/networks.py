@@ -15,12 +15,12 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
+from ..fingerprint import fingerprint
 from ..models.backbone import supervit
 from ..models.lvvit import SuperLVViT
 from ..models.supervit import SuperVisionTransformer
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .class_names import read_class_names, trained_class_names
-from .fingerprint import fingerprint
 
 __all__ = ['Network', 'check_settings', 'load_network']
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..cascade import Cascade, check_thresholds, confidence
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Size, Subnet, check_subnet
 from .data import ReadableImages, create_evaluation_loader
 from .evaluate import check_finite
 from .files import check_output_folder
-from .fingerprint import fingerprint
 from .program import Program
 from .progress import Progress, silent
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet, size_2d
 from .export import write_program
-from .fingerprint import fingerprint
 from .fixed_subnet import FixedSubnet
 from .macs import count_macs
 from .program import open_session

@@ -11,11 +11,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
+from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet, format_size
 from .class_names import class_names
 from .evaluate import check_finite
-from .fingerprint import fingerprint
 from .pictures import save_picture
 from .results import Results, column_of
 

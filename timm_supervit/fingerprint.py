@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.supervit import SuperVisionTransformer
+from .models.supervit import SuperVisionTransformer
 
 __all__ = ['fingerprint']
 
