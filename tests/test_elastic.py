@@ -50,8 +50,8 @@ def rectangles(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A pt2 file of the other backbone, with rectangles in its grid."""
     folder = tmp_path_factory.mktemp('rectangles')
     model = create(
-        'supervit_lvvit_tiny', img_sizes=((16, 8), 16, (16, 24)), patch_size=8, embed_dim=32, num_heads=2, depth=2,
-        drop_layers=(1,), num_classes=7)
+        'supervit_lvvit_tiny', img_sizes=((16, 8), (16, 24)), patch_size=8, embed_dim=32, num_heads=2, depth=1,
+        drop_layers=(0,), num_classes=7)
     export_model(model, folder, 'pt2')
     path = folder / 'supervit_lvvit_tiny.pt2'
     return Exported(model, path, load_program(path))
@@ -125,10 +125,10 @@ def test_a_size_that_is_none_of_the_grid_is_an_error_that_says_so(squares: Expor
         squares.program._run(torch.zeros(1, 3, 24, 24), *scalars(size, 0.5))
 
 
-@pytest.mark.parametrize('size', [(8, 16), (16, 32), (8, 8)])
+@pytest.mark.parametrize('size', [(8, 16), (16, 16)])
 def test_rectangles_are_asked_for_by_height_and_width(rectangles: Exported, size: tuple[int, int]) -> None:
     assert rectangles.program.facts['inputs']['img_size'] == {'dtype': 'int64', 'shape': [2]}
-    with pytest.raises(RuntimeError, match='img size must be one of 16x8 16 16x24'):
+    with pytest.raises(RuntimeError, match='img size must be one of 16x8 16x24'):
         rectangles.program._run(torch.zeros(1, 3, 16, 24), *scalars(size, 0.5))
 
 
@@ -176,9 +176,11 @@ def test_an_onnx_file_says_nothing_of_the_machine_that_wrote_it(squares: Exporte
     assert b'.py' not in content
 
 
+@pytest.mark.timeout(1200)  # it runs a C++ compiler
 def test_aotinductor_compiles_it_once_for_all_subnets(rectangles: Exported, tmp_path: Path) -> None:
     compiled: Any = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(
-        torch.export.load(rectangles.path), package_path=str(tmp_path / 'compiled.pt2')))
+        torch.export.load(rectangles.path), package_path=str(tmp_path / 'compiled.pt2'),
+        inductor_configs={'aot_inductor.compile_wrapper_opt_level': 'O0'}))
     assert_every_subnet_agrees(
         rectangles.model, lambda images, *subnet: compiled(*rectangles.program._inputs(images, Subnet(*subnet))))
     with pytest.raises(RuntimeError, match='img size must be one of'):
