@@ -64,9 +64,9 @@ def quantized(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, str]:
     return output / f'{stem}.onnx', result.stdout
 
 
-def test_it_computes_nearly_the_same(quantized: tuple[Path, str], model: Any) -> None:
+def test_it_computes_nearly_the_same(quantized: tuple[Path, str], model: Any, folder: Path) -> None:
     program = load_program(quantized[0])
-    images = torch.randn(8, 3, 24, 24)
+    (images, _), = create_evaluation_loader(open_dataset(str(folder / 'data')), model, num_workers=0)
     assert program.facts['precision'] == 'int8'
     for subnet in program.subnets:
         with torch.no_grad():
