@@ -1,7 +1,7 @@
 """README and docs: every command and snippet runs as it stands, in the order of the pages, in one empty folder.
 
-What can't be had in a test stands in ``STAND_INS``: large data sets, several GPUs, a photograph, training for minutes.
-A command of timm's scripts needs ``TIMM_SCRIPTS``; without it what such a run leaves is made in a simpler way.
+What can't be had in a test has a stand-in: large data sets, a photograph, training for minutes. Commands of timm's
+scripts are run in ``test_training.py``; here is what such a run leaves.
 """
 import argparse
 import glob
@@ -67,7 +67,7 @@ class Reader:
     def run_shell(self, text: str) -> list[str]:
         """Run the commands of a block; return those that were run."""
         lines = text.replace('\\\n', ' ').splitlines()
-        commands = [command.strip() for line in lines for command in shlex_split_comment(line).split(' && ')]
+        commands = [command.strip() for line in lines for command in without_comment(line).split(' && ')]
         return [command for command in commands if command and self.run_command(command)]
 
     def run_command(self, command: str) -> bool:
@@ -109,7 +109,7 @@ class Reader:
         exec(compile(text, page, 'exec'), self.variables.setdefault(page, {}))
 
 
-def shlex_split_comment(line: str) -> str:
+def without_comment(line: str) -> str:
     """Return a line of a shell without its comment."""
     return re.split(r'(?:^|\s)#\s', line)[0]
 
