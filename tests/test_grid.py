@@ -208,7 +208,6 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     'an unknown sampling': (dict(train_subnets='some'), r"train_subnets 'some' is unknown; use one of sandwich"),
     'an unknown teacher': (dict(distill_teacher='me'), r"distill_teacher 'me' is unknown; use one of own_size"),
     'no class token': (dict(class_token=False), r'class_token=True'),
-    'images of dynamic size': (dict(dynamic_img_size=True), r'dynamic_img_size=False'),
     'dropped patches': (dict(patch_drop_rate=0.5), r'patch_drop_rate=0'),
 }
 

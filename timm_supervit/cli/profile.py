@@ -118,7 +118,8 @@ def command(
     if results.partial:
         echo(f'PARTIAL: interrupted after {results.info["rounds"]} of {rounds} rounds{saved}.')
     print_json(asdict(results))
-    columns = [key for key, column in COLUMNS.items() if column.kind == 'cost']
+    columns = [
+        key for key, column in COLUMNS.items() if column.kind == 'cost' and any(key in row for row in results.rows)]
     compared: dict[str, dict[str, Any]] = {}
     for setting, rows in by_setting.items():
         shown = [{**row, 'network': _network(row)} for row in rows]
