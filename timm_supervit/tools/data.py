@@ -90,7 +90,7 @@ def create_evaluation_loader(
         dataset: Any,
         model: nn.Module,
         batch_size: int = 256,
-        num_workers: int = 4,
+        num_workers: int = min(4, os.cpu_count() or 1),
         device: Any = 'cpu',
         distributed: bool = False,
 ) -> Any:
