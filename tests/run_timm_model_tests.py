@@ -86,11 +86,12 @@ def main() -> int:
         provide_weights(folder / 'hub', folder / 'torch', names)
         with serve(folder / 'hub') as url:
             command = [
-                sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-q', '-ra',
+                sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-q', '-ra', '-n', 'auto', '--maxprocesses', '4',
                 '-k', f'({" or ".join(names)}) and not torchscript', str(tests), *sys.argv[1:]]
             return subprocess.run(
                 command, check=False, cwd=folder,
-                env={**hub_environment(url, folder / 'cache'), 'TORCH_HOME': str(folder / 'torch')}).returncode
+                env={**hub_environment(url, folder / 'cache'), 'TORCH_HOME': str(folder / 'torch'),
+                     'OMP_NUM_THREADS': '1'}).returncode  # a process for each core
 
 
 if __name__ == '__main__':
