@@ -86,7 +86,7 @@ def main() -> int:
         provide_weights(folder / 'hub', folder / 'torch', names)
         with serve(folder / 'hub') as url:
             command = [
-                sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-q', '-ra', '-n', 'auto', '--maxprocesses', '4',
+                sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-q', '-ra', '-n', 'auto', '--maxprocesses=4',
                 '-k', f'({" or ".join(names)}) and not torchscript', str(tests), *sys.argv[1:]]
             return subprocess.run(
                 command, check=False, cwd=folder,
