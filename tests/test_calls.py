@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from comparing import ROUNDING
 from parity import import_fully_shard
 from timm.layers import set_fused_attn
 from timm.task import ClassificationTask
@@ -21,7 +22,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from timm_supervit.models.token_keeping import TokenKeepingAttention, rank_tokens
 
 BACKBONES = ['supervit_tiny', 'supervit_lvvit_small']
-ROUNDING = dict(atol=2e-5, rtol=1e-4)
 CALLS: dict[str, Callable[..., Any]] = {
     'forward': lambda model, images: model(images, keep_rate=0.3),
     'forward of all tokens': lambda model, images: model(images, keep_rate=1.0),

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from comparing import EXACT
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -15,7 +16,6 @@ from timm_supervit.cli import main
 from timm_supervit.subnets import Subnet
 
 SIZES = ((32, 16), 32, (64, 32), (48, 64))  # of 2, 4, 8 and 12 patches
-EXACT = dict(atol=0, rtol=0)
 
 
 @pytest.fixture

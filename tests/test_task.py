@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from comparing import EXACT
 from reference import ReferenceSuperViT, soft_cross_entropy
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -30,7 +31,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from timm_supervit import Subnet, SuperViTTask
 from timm_supervit.task import distillation_loss
 
-EXACT = dict(atol=0, rtol=0)
 TARGET = torch.tensor([3, 7])
 
 

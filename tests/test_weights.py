@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from comparing import EXACT, ROUNDING
 from hub_server import hub_environment, serve
 from huggingface_hub import load_torch_model, save_torch_model
 from parity import import_fully_shard
@@ -30,9 +31,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 
 from timm_supervit import Subnet
-
-EXACT = dict(atol=0, rtol=0)
-ROUNDING = dict(atol=2e-5, rtol=1e-4)  # two ways to compute the same in float32
 
 SETTINGS = dict(img_sizes=(32, 48, 64), drop_layers=(1, 2), embed_dim=48, depth=4, num_heads=3, num_classes=10)
 

@@ -19,7 +19,7 @@ from .fingerprint import fingerprint
 from .models.supervit import SuperVisionTransformer
 from .subnets import Size, Subnet, check_subnet
 
-__all__ = ['NUM_STAGES', 'Cascade', 'check_thresholds', 'confidence', 'parting_block', 'read_cascade']
+__all__ = ['NUM_STAGES', 'Cascade', 'check_thresholds', 'confidence', 'parting_block', 'probabilities', 'read_cascade']
 
 NUM_STAGES = (2, 3, 4)
 
@@ -36,9 +36,14 @@ class Continuation(NamedTuple):
     block: int
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Return the probability of each class [..., classes], in float32 at least, for logits [..., classes]."""
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def confidence(logits: Tensor) -> Tensor:
     """Return the probability [B] of the most probable class, by which a cascade decides, for logits [B, classes]."""
-    return logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32)).amax(dim=1)
+    return probabilities(logits).amax(dim=1)
 
 
 def check_thresholds(thresholds: Any, num_stages: int) -> tuple[float, ...]:
@@ -194,8 +199,9 @@ class Cascade(nn.Module):
         left = torch.arange(len(images), device=images.device)  # the images that have not stopped yet
         found, places, exits = [], [], []
         shared: dict[int, Tensor] = {}
+        continuations = self._continuations()
         for i in range(len(self.stages)):
-            logits = self._run_stage(i, images, shared)
+            logits = self._run_stage(i, images, shared, continuations)
             is_last = i == len(self.stages) - 1
             stops = torch.ones_like(left, dtype=torch.bool) if is_last else confidence(logits) >= self.thresholds[i]
             found.append(logits[stops])
@@ -210,10 +216,16 @@ class Cascade(nn.Module):
         logits = torch.cat(found)[back]
         return (logits, torch.cat(exits)[back]) if return_exits else logits
 
-    def _run_stage(self, stage: int, images: Tensor, shared: dict[int, Tensor]) -> Tensor:
+    def _run_stage(
+            self,
+            stage: int,
+            images: Tensor,
+            shared: dict[int, Tensor],
+            continuations: Sequence[Continuation | None],
+    ) -> Tensor:
         """Return the logits of a stage; keep in ``shared``, by stage, the tokens that later ones go on from."""
         model: Any = self.model
-        schedule, continuations = model._schedule(self.stages[stage]), self._continuations()
+        schedule = model._schedule(self.stages[stage])
         own, start = continuations[stage], 0
         if own:
             x, start = shared.pop(stage), own.block

@@ -13,6 +13,7 @@ from .options import (
     json_option,
     model_options,
     resolve_device,
+    workers_option,
 )
 from .stdout import echo, print_json
 
@@ -34,7 +35,7 @@ __all__ = ['command']
 @click.option(
     '--data-dir', metavar='DIR',
     help='Folder of a data set, a folder of images for each class, to compare the accuracy of int8 and float32 on.')
-@click.option('-j', '--workers', default=4, show_default=True, type=click.IntRange(0), help='Processes reading images.')
+@workers_option
 @click.option('--output', type=click.Path(file_okay=False), metavar='DIR', required=True, help='Folder for the files.')
 @device_option
 def command(

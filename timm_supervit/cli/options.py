@@ -40,6 +40,7 @@ __all__ = [
     'show_weights',
     'subnet_option',
     'where_option',
+    'workers_option',
 ]
 
 INTERRUPTED = 130
@@ -208,6 +209,9 @@ amp_options = _chain(
         '--amp-dtype', type=click.Choice(['float16', 'bfloat16']), default='float16', show_default=True,
         help='Lower precision of --amp.'),
 )
+workers_option = click.option(
+    '-j', '--workers', default=min(4, os.cpu_count() or 1), show_default=True, type=click.IntRange(0),
+    help='Processes reading images.')
 data_options = _chain(
     click.option('--data-dir', metavar='DIR', help='Folder of the data set: a folder of images for each class.'),
     click.option(
@@ -215,9 +219,7 @@ data_options = _chain(
     click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.'),
     click.option(
         '-b', '--batch-size', default=256, show_default=True, type=click.IntRange(1), help='Images of a batch.'),
-    click.option(
-        '-j', '--workers', default=min(4, os.cpu_count() or 1), show_default=True, type=click.IntRange(0),
-        help='Processes reading images.'),
+    workers_option,
     click.option('--skip-bad-images', is_flag=True, help='Name and count unreadable images and go on without them.'),
     device_option,
     amp_options,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..cascade import NUM_STAGES, Cascade, parting_block
+from ..cascade import NUM_STAGES, Cascade, parting_block, probabilities
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
@@ -193,9 +193,9 @@ def collect_answers(
         readable = target >= 0
         target = target[readable]
         stacked = torch.stack([output[readable] for output in logits])  # [S, B, classes]
-        probabilities = stacked.softmax(dim=2, dtype=torch.promote_types(stacked.dtype, torch.float32))
-        confidence, best = probabilities.max(dim=2)
-        truth = probabilities.gather(2, target.expand(len(subnets), -1).unsqueeze(2)).squeeze(2)
+        shares = probabilities(stacked)
+        confidence, best = shares.max(dim=2)
+        truth = shares.gather(2, target.expand(len(subnets), -1).unsqueeze(2)).squeeze(2)
         parts.append([part.cpu().numpy() for part in (confidence, truth, best == target)])
     if not parts:
         raise ValueError('there are no images to calibrate on; check --data-dir, --dataset and --split')
@@ -243,7 +243,7 @@ def latency_costs(macs: Costs, subnets: Sequence[Subnet], rows: Sequence[Row]) -
     if missing:
         raise ValueError(
             f'the profile has no latency of subnet {missing[0]}; measure all subnets with '
-            f' "supervit profile"')
+            f'"supervit profile"')
     own = np.array([known[subnet] for subnet in subnets])
     return Costs('latency_ms', own, macs.saved / macs.own[:, None] * own[:, None])
 

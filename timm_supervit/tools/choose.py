@@ -63,6 +63,8 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
          'sources': {path: results.info for path, results in files.items()}},
         max((results.network for results in files.values()), key=lambda network: bool(network.get('weights'))),
     )
+
+
 def _check_one_network(files: Mapping[str, Results]) -> None:
     for (first, one), (second, other) in itertools.combinations(files.items(), 2):
         if found := difference(one, other):

@@ -264,4 +264,3 @@ def _describe(network: Any, format: str) -> dict[str, Any]:
         'network': fingerprint(model),
         'versions': {package: version(package) for package in _PACKAGES[format]},
     }
-

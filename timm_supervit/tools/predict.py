@@ -20,7 +20,7 @@ from timm.data.readers.reader import Reader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..cascade import Cascade, check_thresholds, confidence
+from ..cascade import Cascade, check_thresholds, confidence, probabilities
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Size, Subnet, check_subnet
@@ -212,11 +212,10 @@ def predict(
             with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits, subnets = classify(images)
             check_finite([logits], subnets[:1])
-            probabilities, classes = logits.softmax(1, torch.promote_types(logits.dtype, torch.float32)).topk(
-                min(top, logits.shape[1]), dim=1)
+            best, classes = probabilities(logits).topk(min(top, logits.shape[1]), dim=1)
             rows = []
             for mark, subnet, shares, indices in zip(
-                    marks.tolist(), subnets, probabilities.tolist(), classes.tolist(), strict=True):
+                    marks.tolist(), subnets, best.tolist(), classes.tolist(), strict=True):
                 place = mark if mark >= 0 else -1 - mark
                 row: dict[str, Any] = {'index': numbers[place], 'image': _name(dataset, numbers[place])}
                 if mark < 0:

@@ -33,7 +33,7 @@ _OPERATORS = ['MatMul', 'Gemm']
 _ROUNDS = 11
 
 
-def create_calibration_loader(data_dir: str, model: SuperVisionTransformer, num_workers: int = 4) -> Any:
+def create_calibration_loader(data_dir: str, model: SuperVisionTransformer, num_workers: int) -> Any:
     """Return a loader of up to ``MOST_IMAGES`` images, evenly spaced among those of a folder, of whatever classes.
 
     Raises:
