@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_supervit import Cascade
+from timm_supervit.cascade import run_stages
 from timm_supervit.fingerprint import fingerprint
 from timm_supervit.subnets import sort_sizes
 
@@ -105,6 +106,11 @@ def test_stages_that_keep_as_many_for_a_while_part_where_they_differ(small_model
     torch.testing.assert_close(logits, each[exits, range(len(batch))], atol=1e-6, rtol=1e-6)
     assert cascade.macs[1] == model.macs(stages[0]) + model.macs(stages[1]) - model.macs(stages[0], before=2)
     assert cascade.macs[2] == cascade.macs[1] + model.macs(stages[2]) - model.macs(stages[0], before=1)
+
+
+def test_logits_that_are_no_numbers_are_never_sure_and_come_back(batch: Tensor) -> None:
+    logits, exits = run_stages(batch, [0.5, 0.6], lambda stage, images, _: images.new_full((len(images), 3), torch.nan))
+    assert logits.isnan().all() and exits.tolist() == [2] * len(batch)
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 All stages are subnets of one network. A stage of an image size that an earlier one ran at goes on from the block in
 which the two part, with the tokens that both have there.
 """
+import functools
 import itertools
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,15 @@ from .fingerprint import fingerprint
 from .models.supervit import SuperVisionTransformer
 from .subnets import Size, Subnet, check_subnet
 
-__all__ = ['NUM_STAGES', 'Cascade', 'check_thresholds', 'confidence', 'parting_block', 'probabilities', 'read_cascade']
+__all__ = [
+    'NUM_STAGES',
+    'Cascade',
+    'check_thresholds',
+    'parting_block',
+    'probabilities',
+    'read_cascade',
+    'run_stages',
+]
 
 NUM_STAGES = (2, 3, 4)
 
@@ -39,11 +48,6 @@ class Continuation(NamedTuple):
 def probabilities(logits: Tensor) -> Tensor:
     """Return the probability of each class [..., classes], in float32 at least, for logits [..., classes]."""
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """Return the probability [B] of the most probable class, by which a cascade decides, for logits [B, classes]."""
-    return probabilities(logits).amax(dim=1)
 
 
 def check_thresholds(thresholds: Any, num_stages: int) -> tuple[float, ...]:
@@ -102,6 +106,42 @@ def read_cascade(path: str | os.PathLike, network: Mapping[str, Any]) -> tuple[A
             f'{path} was calibrated on other weights of this network, and its thresholds may not suit these; '
             f'calibrate them with "supervit cascade"', stacklevel=3)
     return stages, thresholds
+
+
+def run_stages(
+        images: Tensor,
+        thresholds: Sequence[float],
+        run_stage: Callable[[int, Tensor, dict[int, Tensor]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Run stages, each on the images of which none before was sure.
+
+    Args:
+        images: Images [B, C, H, W].
+        thresholds: For each stage but the last the probability of the most probable class from which an image stops.
+        run_stage: Takes the place of a stage, the images [N, C, H, W] that are left, and what earlier stages have kept
+            of them for later ones, tensors [N, ...] by stage, to take from and add to. Returns logits [N, classes].
+
+    Returns:
+        Logits [B, classes], and the stage at which each image stopped, counted from 0, int64 [B].
+    """
+    left = torch.arange(len(images), device=images.device)  # the images that have not stopped yet
+    kept: dict[int, Tensor] = {}
+    found, places, exits = [], [], []
+    for stage, threshold in enumerate([*thresholds, None]):
+        logits = run_stage(stage, images, kept)
+        stops = torch.ones_like(left, dtype=torch.bool)
+        if threshold is not None:
+            stops = probabilities(logits).amax(dim=1) >= threshold
+        found.append(logits[stops])
+        places.append(left[stops])
+        exits.append(torch.full_like(places[-1], stage))
+        goes_on = (~stops).nonzero().squeeze(1)
+        if not len(goes_on):
+            break
+        images, left = images[goes_on], left[goes_on]
+        kept = {later: tokens[goes_on] for later, tokens in kept.items()}
+    back = torch.cat(places).argsort()
+    return torch.cat(found)[back], torch.cat(exits)[back]
 
 
 class Cascade(nn.Module):
@@ -196,25 +236,9 @@ class Cascade(nn.Module):
             Logits [B, num_classes]; with ``return_exits`` a pair of them and of the stage at which each image stopped,
             counted from 0, int64 [B].
         """
-        left = torch.arange(len(images), device=images.device)  # the images that have not stopped yet
-        found, places, exits = [], [], []
-        shared: dict[int, Tensor] = {}
-        continuations = self._continuations()
-        for i in range(len(self.stages)):
-            logits = self._run_stage(i, images, shared, continuations)
-            is_last = i == len(self.stages) - 1
-            stops = torch.ones_like(left, dtype=torch.bool) if is_last else confidence(logits) >= self.thresholds[i]
-            found.append(logits[stops])
-            places.append(left[stops])
-            exits.append(torch.full_like(places[-1], i))
-            goes_on = (~stops).nonzero().squeeze(1)
-            if not len(goes_on):
-                break
-            images, left = images[goes_on], left[goes_on]
-            shared = {later: tokens[goes_on] for later, tokens in shared.items()}
-        back = torch.cat(places).argsort()
-        logits = torch.cat(found)[back]
-        return (logits, torch.cat(exits)[back]) if return_exits else logits
+        run_stage = functools.partial(self._run_stage, continuations=self._continuations())
+        logits, exits = run_stages(images, self.thresholds, run_stage)
+        return (logits, exits) if return_exits else logits
 
     def _run_stage(
             self,

@@ -134,13 +134,7 @@ def command(
         table = table_of_epochs(results)
         print_table(list_table(table, list(table[0]), title=f'{results.model}, top-1 [%]'))
     elif cascade:
-        row = results.rows[0]
-        print_table(list_table(results.rows, ['cascade', 'top1', 'top5', 'macs', 'batch_size', 'latency_mean_ms']))
-        print_table(list_table([
-            {'stage': str(stage), 'threshold': threshold, 'images [%]': share, 'macs': macs} for
-            stage, threshold, share, macs in zip(
-                stages.stages, [*stages.thresholds, None], row['shares'], stages.macs, strict=True)],
-            ['stage', 'threshold', 'images [%]', 'macs'], 'Images that stop at each stage'))
+        _print_cascade(results.rows[0], stages)
     else:
         print_grids(results, ['top1', 'top5', 'macs'])
     if cascade and (seen := count_calibration_images(cascade, data_dir, dataset, split)):
@@ -151,3 +145,14 @@ def command(
         echo('\n'.join(map(visible, results.info['skipped'])), err=True)
     if results.partial:
         ctx.exit(options.INTERRUPTED)
+
+
+def _print_cascade(row: dict[str, Any], cascade: Any) -> None:
+    from .tables import list_table, print_table
+
+    stages = [
+        {'stage': str(stage), 'threshold': threshold, 'images [%]': share, 'macs': macs}
+        for stage, threshold, share, macs in zip(
+            cascade.stages, [*cascade.thresholds, None], row['shares'], cascade.macs, strict=True)]
+    print_table(list_table([row], ['cascade', 'top1', 'top5', 'macs', 'batch_size', 'latency_mean_ms']))
+    print_table(list_table(stages, list(stages[0]), 'Images that stop at each stage'))

@@ -20,7 +20,7 @@ from timm.data.readers.reader import Reader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..cascade import Cascade, check_thresholds, confidence, probabilities
+from ..cascade import Cascade, check_thresholds, probabilities, run_stages
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Size, Subnet, check_subnet
@@ -137,21 +137,14 @@ def run_program_cascade(
         ValueError: If the file has no such subnet, or there are no such thresholds.
     """
     subnets = [check_subnet(stage, program.img_sizes) for stage in stages]
-    limits = [*check_thresholds(thresholds, len(subnets)), 0.]
+    limits = check_thresholds(thresholds, len(subnets))
+
+    def run_stage(stage: int, images: Tensor, _: Any) -> Tensor:
+        return program(images, *subnets[stage]).to(images.device)
 
     def classify(images: Tensor) -> tuple[Tensor, Sequence[Subnet]]:
-        left = torch.arange(len(images), device=images.device)
-        logits, answered = images.new_empty(len(images), program.num_classes), [subnets[-1]] * len(images)
-        for subnet, limit in zip(subnets, limits, strict=True):
-            found = program(images[left], *subnet).to(images.device)
-            stops = confidence(found) >= limit
-            logits[left[stops]] = found[stops]
-            for place in left[stops].tolist():
-                answered[place] = subnet
-            left = left[~stops]
-            if not len(left):
-                break
-        return logits, answered
+        logits, exits = run_stages(images, limits, run_stage)
+        return logits, [subnets[stage] for stage in exits.tolist()]
 
     return classify
 
