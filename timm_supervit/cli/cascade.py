@@ -88,7 +88,8 @@ def command(
         raise click.UsageError('--calibration-dir is --data-dir; leave it out, so that the images are split.')
     if output:
         check_output_folder(output)
-    folders = [open_dataset(folder, dataset, split) for folder in (data_dir, calibration_dir) if folder or dataset]
+    folders = [data_dir, *([calibration_dir] if calibration_dir else [])]
+    datasets = [open_dataset(folder, dataset, split) for folder in folders]
     network = options.load_network(**model_options, name_classes=False)
     model = network.model.to(options.resolve_device(device))
     answers = [
@@ -99,7 +100,7 @@ def command(
             skip_bad_images=skip_bad_images,
             progress=track,
         )
-        for images in folders]
+        for images in datasets]
     report, calibration = answers if calibration_dir else split_answers(answers[0], calibration_share, seed)[::-1]
     costs = model_costs = mac_costs(model)
     if profile:

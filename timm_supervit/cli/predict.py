@@ -64,7 +64,7 @@ def command(
 
     from ..cascade import Cascade, read_cascade
     from ..subnets import check_subnet
-    from ..tools.data import open_dataset
+    from ..tools.data import count_missing, open_dataset
     from ..tools.predict import (
         Share,
         digest_run,
@@ -114,10 +114,12 @@ def command(
             failed += log.failed
             if log.done and share.rank == 0:
                 note(f'{log.done} images are in {log.path} already.')
+        done = log.done if log else 0
         for rows in predict(
-                classify, model, images, names, top=top, share=share, start=log.done if log else 0,
+                classify, model, images, names, top=top, share=share, start=done,
                 batch_size=batch_size, num_workers=workers, device=where,
                 amp_dtype=getattr(torch, amp_dtype) if amp else None, progress=silent if share.rank else track):
+            done += len(rows)
             if log:
                 log.write(rows)
             elif wants_json():
@@ -131,6 +133,10 @@ def command(
     if shown:
         print_table(list_table(_lines(shown), ['image', 'subnet', 'class', 'probability']))
     _wait_for_others(share.size)
+    if missing := count_missing(images, done, *share):
+        raise click.ClickException(
+            f'{missing} images were not delivered: timm passes over what it cannot read of a stream, with a warning; '
+            f'all others were predicted')
     if failed:
         raise click.ClickException(f'{len(failed)} images could not be read; all others were predicted')
 

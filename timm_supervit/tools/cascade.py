@@ -24,7 +24,7 @@ from ..cascade import NUM_STAGES, Cascade, parting_block, probabilities
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
-from .evaluate import bad_images, check_finite
+from .evaluate import bad_images, check_complete, check_finite
 from .files import replace_file
 from .progress import Progress, silent
 from .results import Row, subnet_of
@@ -182,11 +182,12 @@ def collect_answers(
         RuntimeError: If a subnet's logits are not finite; the message names it.
         ValueError: If a class is none of the model's.
     """
-    subnets, parts = model.subnets, []
+    subnets, parts, seen = model.subnets, [], 0
     device = next(model.parameters()).device
     model.eval()
     for images, target in progress(loader, 'Calibrating'):
         bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
+        seen += len(target)
         with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model.forward_subnets(images, subnets)
         check_finite(logits, subnets)
@@ -197,6 +198,7 @@ def collect_answers(
         confidence, best = shares.max(dim=2)
         truth = shares.gather(2, target.expand(len(subnets), -1).unsqueeze(2)).squeeze(2)
         parts.append([part.cpu().numpy() for part in (confidence, truth, best == target)])
+    check_complete(loader.dataset, seen, skip_bad_images)
     if not parts:
         raise ValueError('there are no images to calibrate on; check --data-dir, --dataset and --split')
     joined = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]

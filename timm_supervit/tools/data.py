@@ -10,7 +10,7 @@ from timm.data.dataset import ImageDataset
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-__all__ = ['ReadableImages', 'create_evaluation_loader', 'open_dataset']
+__all__ = ['ReadableImages', 'count_missing', 'create_evaluation_loader', 'open_dataset']
 
 
 class ReadableImages(Dataset):
@@ -86,6 +86,20 @@ def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validati
             f'check --dataset, --data-dir and --split') from error
 
 
+def count_missing(dataset: Any, delivered: int, rank: int = 0, size: int = 1) -> int:
+    """Return how many images a stream holds but has not delivered, since timm's readers pass over unreadable ones.
+
+    Args:
+        dataset: A data set; one that is no stream, or does not say how many images it holds, misses none.
+        delivered: How many images were read.
+        rank: Number of the process, from 0.
+        size: How many processes there are, each of which takes its turn.
+    """
+    if not isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__'):
+        return 0
+    return max(0, len(range(rank, len(dataset), size)) - delivered)
+
+
 def create_evaluation_loader(
         dataset: Any,
         model: nn.Module,
@@ -134,7 +148,7 @@ def create_evaluation_loader(
 def _check_classes(dataset: Any, model: Any) -> None:
     classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     classes = getattr(dataset, 'classes', None) if classes is None else classes
-    if classes is not None and len(classes) != model.num_classes:
+    if classes and len(classes) != model.num_classes:  # a stream may not know them
         raise ValueError(
             f'the data set has {len(classes)} classes and the model {model.num_classes}; check the folder, '
             f'or create the model of these classes with --num-classes {len(classes)} and its --checkpoint')

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet
-from .data import ReadableImages
+from .data import ReadableImages, count_missing
 from .progress import Progress, silent
 from .results import Results
 
-__all__ = ['bad_images', 'check_finite', 'count_hits', 'evaluate']
+__all__ = ['bad_images', 'check_complete', 'check_finite', 'count_hits', 'evaluate']
 
 
 def evaluate(
@@ -72,6 +72,7 @@ def evaluate(
             hits = count_hits(logits, target)
             # In one go, so that an interrupt finds a whole number of batches.
             correct, seen, skipped = correct + hits, seen + len(target), skipped + bad
+        check_complete(loader.dataset, seen, skip_bad_images)
     except KeyboardInterrupt:
         partial = True
     finally:
@@ -139,3 +140,17 @@ def bad_images(target: Tensor, num_classes: int, dataset: Any, skip: bool) -> li
         raise OSError(f'image {names[0]} cannot be read{reason}; mend or remove it, or pass over such images with '
                       f'--skip-bad-images')
     return names
+
+
+def check_complete(dataset: Any, seen: int, skip: bool) -> None:
+    """Check that a stream has delivered all images that it says it holds.
+
+    Raises:
+        OSError: If some are missing and ``skip`` is False.
+    """
+    missing = count_missing(dataset, seen)
+    if missing and not skip:
+        raise OSError(
+            f'{missing} of {seen + missing} images were not delivered: timm passes over what it cannot read of a '
+            f'stream, with a warning; mend or remove them, correct the number of images in --split, or pass over such '
+            f'images with --skip-bad-images')

@@ -11,7 +11,7 @@ import torch
 from ..cascade import Cascade
 from ..fingerprint import fingerprint
 from .cascade import cascade_text
-from .evaluate import bad_images, check_finite, count_hits
+from .evaluate import bad_images, check_complete, check_finite, count_hits
 from .progress import Progress, silent
 from .results import Results
 
@@ -70,6 +70,7 @@ def evaluate_cascade(
             # In one go, so that an interrupt finds a whole number of batches.
             correct, stopped, seconds, skipped = (
                 correct + hits, stopped + stops, [*seconds, (duration, len(target))], skipped + bad)
+        check_complete(loader.dataset, sum(size for _, size in seconds), skip_bad_images)
     except KeyboardInterrupt:
         if not seconds:
             raise
