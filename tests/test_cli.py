@@ -83,7 +83,7 @@ def test_evaluate_prints_the_table_and_writes_the_files(checkpoint, images, tmp_
         '--workers', 0, '--output', tmp_path, '--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16',
         '--model-kwargs', 'keep_rates=(0.4,1.0)', 'drop_layers=(2,)', '--subnet', '16:0.4', '--subnet', '24:1')
     assert result.exit_code == 0, result.output
-    assert 'top-1 [%]' in result.stdout and 'MACs per image [M]' in result.stdout
+    assert 'top-1 of 5 images [%]' in result.stdout and 'MACs per image [M]' in result.stdout
     content = json.loads((tmp_path / 'evaluate.json').read_text())
     points = [(row['img_size'], row['keep_rate'], row['count']) for row in content['rows']]
     assert points == [(16, 0.4, 5), (24, 1.0, 5)]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..subnets import format_size, sort_sizes
-from ..tools.results import Results, Row, column_of
+from ..tools.results import Results, Row, column_of, heading_of
 from ..tools.text import visible
 from .stdout import wants_json, write
 
@@ -101,7 +101,8 @@ def grid_table(rows: Sequence[Row], key: str) -> UncutTable:
     cells = [
         [format_size(size), *(column.text(values.get((size, rate))) for rate in rates)]
         for size in sort_sizes({size for size, _ in values})]
-    return UncutTable(column.heading, ['size', *(f'{rate:g}' for rate in rates)], cells, [False] * (1 + len(rates)))
+    headings = ['size', *(f'{rate:g}' for rate in rates)]
+    return UncutTable(heading_of(rows, key), headings, cells, [False] * len(headings))
 
 
 def list_table(rows: Sequence[Row], columns: Sequence[str], title: str = '') -> UncutTable:

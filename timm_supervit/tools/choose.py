@@ -55,7 +55,9 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
             known.update(row)
             origins.update({(point, key): path for key in row})
         if not own:
-            raise ValueError(f'{path} holds no subnet with {wanted}' if wanted else f'{path} holds no subnet')
+            setting = ' and '.join(f'{key}={value}' for key, value in wanted.items())
+            raise ValueError(f'{path} holds no subnet{" with " * bool(wanted)}{setting}; leave it out'
+                             f'{", or take another setting" * bool(wanted)}')
     return Results(
         next(iter(files.values())).model,
         sorted(merged.values(), key=lambda row: row.get('macs', 0)),

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from ..subnets import Subnet, format_size, sort_sizes
 from .choose import pareto_front
 from .files import replace_file
-from .results import Column, Results, Row, column_of, is_int8, subnet_of
+from .results import Results, Row, column_of, heading_of, is_int8, subnet_of
 from .text import visible
 
 __all__ = ['draw_choice', 'draw_operating_points', 'save_picture']
@@ -54,7 +54,7 @@ def draw_operating_points(
     colors = {size: _COLORS[i % len(_COLORS)] for i, size in enumerate(sizes)}
     markers = {rate: _MARKERS[i % len(_MARKERS)] for i, rate in enumerate(rates)}
 
-    figure, axes = _create_axes(across, up, title)
+    figure, axes = _create_axes(heading_of(rows, x), heading_of(rows, y), title)
     over_epochs = across.kind == 'setting'
     lines: dict[Any, list[tuple[float, float, Subnet]]] = {}
     for row in rows:
@@ -104,7 +104,7 @@ def draw_choice(networks: Sequence[Results], path: str | os.PathLike, x: str, y:
     """
     rows = [row for results in networks for row in results.rows]
     across, up = column_of(rows, x), column_of(rows, y)
-    figure, axes = _create_axes(across, up, '')
+    figure, axes = _create_axes(heading_of(rows, x), heading_of(rows, y), '')
     used: dict[str, str] = {}
     for color, results in zip(itertools.cycle(_COLORS), networks, strict=False):
         for row in results.rows:
@@ -126,10 +126,10 @@ def draw_choice(networks: Sequence[Results], path: str | os.PathLike, x: str, y:
     }, path)
 
 
-def _create_axes(across: Column, up: Column, title: str) -> tuple[Figure, Any]:
+def _create_axes(across: str, up: str, title: str) -> tuple[Figure, Any]:
     # Figure without pyplot: no display, no global state.
     figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.add_subplot(xlabel=across.heading, ylabel=up.heading)
+    axes = figure.add_subplot(xlabel=across, ylabel=up)
     axes.set_title(title, fontsize=13)
     axes.xaxis.label.set_fontsize(12)
     axes.yaxis.label.set_fontsize(12)

@@ -191,6 +191,8 @@ def open_session(path: str | os.PathLike, device: torch.device | str = 'cpu') ->
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what goes wrong is raised, too
+    # Threads that spin between calls would keep the cores from torch and from other sessions, and are hardly faster.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=[provider])
     except Exception as error:  # its kinds have no class in common

@@ -20,6 +20,7 @@ __all__ = [
     'Row',
     'column_of',
     'difference',
+    'heading_of',
     'is_int8',
     'load_results',
     'name_of',
@@ -127,6 +128,17 @@ def column_of(rows: Iterable[Row], key: str) -> Column:
     if key == 'macs' and max((row['macs'] for row in rows if row.get('macs') is not None), default=0) >= 1e8:
         return column._replace(unit='G', scale=1e9)
     return column
+
+
+def heading_of(rows: Iterable[Row], key: str) -> str:
+    """Return the heading of a key of these rows, with the number of images that an accuracy rests on."""
+    rows = list(rows)
+    column = column_of(rows, key)
+    counts = {row['count'] for row in rows if row.get(key) is not None and row.get('count')}
+    if column.kind == 'outcome' and len(counts) == 1:
+        count = counts.pop()
+        column = column._replace(title=f'{column.title} of {count:,} image{"s" * (count != 1)}')
+    return column.heading
 
 
 def subnet_of(row: Row) -> Subnet | None:
