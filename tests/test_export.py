@@ -161,6 +161,24 @@ def test_a_file_that_differs_from_the_model_fails_the_export_and_leaves_the_fold
         'supervit_digits-24-0.7.pt2': 'an earlier export'}
 
 
+def test_one_image_whose_patches_score_alike_does_not_fail_the_export(model, tmp_path, monkeypatch):
+    calls = []
+
+    def load(path):
+        program = load_program(path)
+
+        def run(images, *subnet):
+            calls.append(images)
+            return program(images, *subnet) + (len(calls) == 1)  # another patch is kept, of the first image alone
+
+        return run
+
+    monkeypatch.setattr(export, 'load_program', load)
+    manifest, = export_model(model, tmp_path, 'pt2', SUBNETS[1:])
+    assert max(manifest['max_difference'].values()) < 1e-5
+    assert not torch.equal(calls[0], calls[1])
+
+
 @pytest.fixture
 def checkpoint(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'model.pth')

@@ -142,3 +142,13 @@ def test_a_folder_of_too_few_images_is_refused_before_anything_is_done(
     assert result.exit_code == 1
     assert message in ' '.join(result.stderr.split())
     assert not list((tmp_path / 'out').iterdir())
+
+
+def test_a_file_that_the_quantizer_wrote_in_part_is_an_error(
+        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its writer does not notice a full disk.
+    monkeypatch.setattr(
+        'onnxruntime.quantization.quantize_dynamic', lambda source, target, **_: target.write_bytes(b'\x08\x07\xff'))
+    result = export(folder, tmp_path, '--subnet', '24:0.7')
+    assert result.exit_code == 1 and 'needs room for four copies' in result.stderr
+    assert not any(tmp_path.iterdir())

@@ -6,6 +6,7 @@ rest of attention and to the patch embedding, which costs far more accuracy than
 import itertools
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,44 +53,50 @@ def create_calibration_loader(data_dir: str, model: SuperVisionTransformer, num_
 
 def quantize_program(
         source: str | os.PathLike,
-        target: str | os.PathLike,
         facts: str,
         calibration: Any = None,
-) -> None:
-    """Write the int8 form of an exported ONNX file.
+) -> bytes:
+    """Return the int8 form of an exported ONNX file, as the content of a file.
 
     Weights are quantized by channel, to 7 bits, since the products of two 8-bit numbers overflow where a CPU has no
     instructions of its own for them. Activations are quantized to 8 bits, by ranges found at each call, or in advance.
 
     Args:
         source: The file of ``write_program``.
-        target: The file to write.
         facts: What the new file says about itself, as JSON.
         calibration: Batches of images and classes, by which the ranges of activations are found in advance, over all
             subnets of the file; None finds them at each call.
+
+    Raises:
+        RuntimeError: If onnxruntime cannot quantize it; the message says where that needs room.
     """
     import onnx
+    from google.protobuf.message import DecodeError
     from onnxruntime import quantization
 
     settings: dict[str, Any] = dict(
         op_types_to_quantize=_OPERATORS, per_channel=True, reduce_range=True, weight_type=quantization.QuantType.QInt8,
         extra_options={'MatMulConstBOnly': True})
-    prepared = Path(f'{os.fspath(target)}.prepared')
-    try:
-        # Of what it can do only to say that it was done, or the quantizer asks for it.
-        quantization.quant_pre_process(
-            source, prepared, skip_optimization=True, skip_onnx_shape=True, skip_symbolic_shape=True)
-        if calibration is None:
-            quantization.quantize_dynamic(prepared, target, **settings)
-        else:
-            quantization.quantize_static(prepared, target, _Reader(load_program(source), calibration), **settings)
-    finally:
-        prepared.unlink(missing_ok=True)
-    proto = onnx.load(target)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, quantized = Path(folder) / 'prepared.onnx', Path(folder) / 'int8.onnx'
+        try:
+            # Of what it can do only to say that it was done, or the quantizer asks for it.
+            quantization.quant_pre_process(
+                source, prepared, skip_optimization=True, skip_onnx_shape=True, skip_symbolic_shape=True)
+            if calibration is None:
+                quantization.quantize_dynamic(prepared, quantized, **settings)
+            else:
+                quantization.quantize_static(
+                    prepared, quantized, _Reader(load_program(source), calibration), **settings)
+            proto = onnx.load(quantized)
+        except (DecodeError, OSError, RuntimeError) as error:  # it does not notice what it could not write
+            raise RuntimeError(
+                f'onnxruntime could not quantize {os.fspath(source)} ({" ".join(str(error).split())[:300]}); it needs '
+                f'room for four copies of that in {tempfile.gettempdir()}') from error
     for entry in proto.metadata_props:
         if entry.key == FACTS:
             entry.value = facts
-    Path(target).write_bytes(proto.SerializeToString())
+    return proto.SerializeToString()
 
 
 class _Reader:
