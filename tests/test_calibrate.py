@@ -235,6 +235,10 @@ def test_a_profile_gives_the_budget_in_time(given: list[Any], model: Any, tmp_pa
 @pytest.mark.parametrize(('arguments', 'code', 'message'), [
     (['--macs', 1e6, '--accuracy', 90], 2, 'exclude each other'),
     (['--latency-ms', 5], 2, 'belong together'),
+    (['--macs', 'nan'], 2, '--macs nan is no budget'),
+    (['--macs', -1], 2, '--macs -1 is no budget'),
+    (['--accuracy', 0.99], 2, '--accuracy 0.99 is no percentage'),
+    (['--accuracy', 101], 2, '--accuracy 101 is no percentage'),
     (['--calibration-share', 1], 2, '1.0 is not in the range 0<x<1'),
     (['--calibration-share', 0.01], 1, '1 images to calibrate on and 89 others to report are too few'),
     (['--output', '/dev/null/x'], 1, "cannot write to the folder '/dev/null/x'"),

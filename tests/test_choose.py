@@ -56,6 +56,22 @@ def test_a_budget_of_the_slowest_tenth_is_another_than_of_the_median(files: list
         best_subnet(rows, latency_p90_ms=5)
 
 
+def test_no_budget_is_shown_as_zero(files: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r'latency, median at most 0.0001 ms; the nearest is'):
+        best_subnet(merge_results(files[:2]).rows, latency_ms=1e-4)
+
+
+def test_a_setting_is_found_by_its_text(tmp_path: Path) -> None:
+    row = dict(img_size=128, keep_rate=0.5, macs=1, top1=70.)
+    path = save(tmp_path, 'pictures', [row | {'image': name} for name in ('270', '050')])
+    with pytest.raises(ValueError, match=r'choose with --where: image=270 or 050'):
+        merge_results([path])
+    for value in (270, '050'):
+        assert [row['image'] for row in merge_results([path], {'image': value}).rows] == [str(value)]
+    with pytest.raises(ValueError, match=r'holds no subnet with image=7; leave it out, or take another setting'):
+        merge_results([path], {'image': 7})
+
+
 def test_a_cascade_measured_twice_is_named(files: list[Path], tmp_path: Path) -> None:
     other = save(tmp_path, 'again', [{'cascade': '128:0.5 (0.9) 224:1', 'top1': 79.0}])
     with pytest.raises(ValueError, match=r'cascade 128:0.5 \(0.9\) 224:1 is measured twice, top1 79.8 and 79.0'):

@@ -192,6 +192,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     'a size that is not whole': (dict(img_sizes=(32.5, 64)), r'32\.5 is neither a positive whole number'),
     'an active size that is not in the grid': (dict(img_size=40), r'40 is none of img_sizes \(32, 48, 64\)'),
     'an active size of another shape': (dict(img_size=(32, 48)), r'\(32, 48\) is none of img_sizes \(32, 48, 64\)'),
+    'one rate that is no sequence': (dict(keep_rates=0.5), r'keep_rates 0\.5 is no list.*at least one'),
     'no rates': (dict(keep_rates=()), r'keep_rates \(\).*at least one'),
     'a rate of 0': (dict(keep_rates=(0, 1.0)), r'keep_rate 0 is not in \(0, 1\]'),
     'a rate below 0': (dict(keep_rates=(-0.5, 1.0)), r'keep_rate -0\.5 is not in \(0, 1\]'),
@@ -217,6 +218,15 @@ def test_a_bad_setting_is_refused_by_name_with_its_remedy(small_model: Any, what
     kwargs, message = BAD_SETTINGS[what]
     with pytest.raises(ValueError, match=message):
         small_model(**kwargs)
+
+
+def test_settings_may_be_arrays(small_model: Any) -> None:
+    model = small_model(
+        img_sizes=np.array([32, 64]), keep_rates=torch.tensor([0.5, 1.0]), drop_layers=np.array([1, 2]),
+        keep_rate=np.array(0.5))
+    assert (model.img_sizes, model.keep_rates, model.drop_layers) == ((32, 64), (0.5, 1.0), (1, 2))
+    assert all(type(value) in (int, float) for value in (*model.img_sizes, *model.keep_rates, *model.drop_layers))
+    assert model.subnet == (64, 0.5)
 
 
 BAD_CALLS: dict[str, tuple[tuple[Any, Any], str]] = {

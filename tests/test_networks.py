@@ -135,6 +135,33 @@ def test_what_is_no_model_is_said_with_what_may_have_been_meant(checkpoint, tmp_
     assert 'bare.pth does not say which model it is of' in error_of('profile', tmp_path / 'bare.pth')
 
 
+def test_weights_of_other_classes_are_refused(photos, tmp_path):
+    # timm would draw a new head.
+    model = timm.create_model('supervit_digits', num_classes=3)
+    timm.models.save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
+    assert 'num_classes=2 contradicts the weights of local-dir:' in error_of(
+        'evaluate', f'local-dir:{tmp_path / "model"}', '--data-dir', photos, '--num-classes', 2)
+    assert supervit('profile', f'local-dir:{tmp_path / "model"}', '--num-classes', 2, '--rounds', 2).exit_code == 0
+
+
+def test_the_folder_of_a_model_is_told_how_to_be_named(photos, tmp_path):
+    timm.models.save_for_hf(timm.create_model('supervit_digits'), str(tmp_path / 'model'), safe_serialization=True)
+    for command in (['evaluate', tmp_path / 'model', '--data-dir', photos], ['profile', tmp_path / 'model']):
+        assert f'is the folder of a model; give local-dir:{tmp_path / "model"}' in error_of(*command)
+
+
+def test_an_exported_file_is_told_which_command_runs_it(photos, tmp_path):
+    (tmp_path / 'model.onnx').write_bytes(b'')
+    assert 'is an exported file, which only "supervit predict" runs' in error_of(
+        'evaluate', tmp_path / 'model.onnx', '--data-dir', photos)
+
+
+def test_a_split_that_is_not_there_is_no_other_one(checkpoint, photos):
+    assert "has no split 'test', but train, validation; choose one with --split" in error_of(
+        'evaluate', checkpoint, '--data-dir', photos, '--split', 'test')
+    assert supervit('evaluate', checkpoint, '--data-dir', photos, '--split', 'val', '-j', 0).exit_code == 0
+
+
 def test_a_model_from_a_folder_that_is_gone_can_be_named_anew(train, tmp_path):
     path = train()
     content = torch.load(path, weights_only=False)

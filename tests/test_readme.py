@@ -42,10 +42,11 @@ def list_blocks() -> list[Any]:
 # What a reader has to put in, and what stands in for it here.
 STAND_INS = {
     '/path/to/imagenet': 'output/digits',
+    '/path/to/folders': 'output/digits',
     'output/train/NAME': 'output/train/run',
     '--data-dir DIR': '--data-dir output/digits',
     '--data-dir imagenet': '--data-dir output/digits',
-    'photo.jpg': 'output/digits/validation/7/001.png',
+    'photo.jpg': 'output/digits/validation/7/000.png',
     '--rounds 100': '--rounds 2',
     '--latency-ms 10': '--latency-ms 1000',
 }

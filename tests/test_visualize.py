@@ -106,6 +106,16 @@ def test_the_command_draws_the_chosen_subnets_and_lists_their_predictions(argume
     assert all(row['prediction'] in result.stdout for row in rows)
 
 
+def test_each_picture_has_four_rows_at_most(arguments, photo, tmp_path):
+    copies = [photo.with_name(f'{i}.png') for i in range(9)]
+    for copy in copies:
+        copy.write_bytes(photo.read_bytes())
+    assert CliRunner().invoke(main, [*arguments, *map(str, copies)]).exit_code == 0
+    heights = [Image.open(tmp_path / 'out' / f'visualize{page}.png').size[1] for page in ('', '-2', '-3')]
+    assert heights[0] == heights[1] == 4 * heights[2]
+    assert len(load_results(tmp_path / 'out' / 'visualize.json').rows) == 9
+
+
 @pytest.mark.parametrize('damage', ['truncated', 'text'])
 def test_an_unreadable_image_is_named_and_nothing_is_written(arguments, photo, tmp_path, damage):
     content = photo.read_bytes()

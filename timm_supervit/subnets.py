@@ -123,6 +123,7 @@ def check_keep_rate(keep_rate: Any) -> float:
     Raises:
         ValueError: If it is not in (0, 1].
     """
+    keep_rate = _plain(keep_rate)
     if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or not 0 < float(keep_rate) <= 1:
         raise ValueError(f'keep_rate {keep_rate!r} is not in (0, 1]; 0.7 keeps 70 % of the tokens, 1.0 all of them')
     return float(keep_rate)
@@ -152,7 +153,7 @@ def check_subnet(subnet: Any, img_sizes: Sequence[Size]) -> Subnet:
     if img_size not in img_sizes:
         raise ValueError(
             f'img_size {img_size} is none of img_sizes {tuple(img_sizes)}; '
-            f'choose one of them, or add it with set_input_size({img_size})')
+            f'choose one of them, or a model of img_sizes that has it')
     return Subnet(img_size, keep_rate)
 
 
@@ -162,6 +163,7 @@ def check_drop_layers(drop_layers: Any, depth: int) -> tuple[int, ...]:
     Raises:
         ValueError: If an index is not in [0, depth) or is repeated.
     """
+    drop_layers = _plain(drop_layers)
     layers = tuple(drop_layers) if isinstance(drop_layers, Sequence) else (drop_layers,)
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
@@ -211,6 +213,14 @@ def keep_schedule(
 
 
 def _as_sequence(values: Any, name: str, example: str) -> Sequence[Any]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+    values = _plain(values)
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f'{name} {values!r} is no list; give at least one number in a list, as in {name}={example}')
+    if not values:
         raise ValueError(f'{name} {values!r} lists nothing to run; give at least one, as in {name}={example}')
     return values
+
+
+def _plain(values: Any) -> Any:
+    """Return the numbers of an array or tensor as Python's, and anything else as it is."""
+    return values.tolist() if hasattr(values, 'tolist') else values

@@ -1,4 +1,5 @@
 """``supervit cascade``: stages and thresholds for a cascade, found on held-out images."""
+import math
 import os
 from dataclasses import asdict
 from typing import Any
@@ -59,7 +60,7 @@ def command(
     timm_supervit.Cascade, and the front as cascade-front.json, .csv and .png.
 
     \b
-    supervit cascade local-dir:output/digits --data-dir digits --macs 3e6 --output results
+    supervit cascade local-dir:output/digits --data-dir output/digits --macs 3e6 --output results
     """
     import torch
 
@@ -82,6 +83,11 @@ def command(
 
     if sum(value is not None for value in (macs, latency_ms, accuracy)) > 1:
         raise click.UsageError('--macs, --latency-ms and --accuracy exclude each other; give one.')
+    for option, value in (('--macs', macs), ('--latency-ms', latency_ms)):
+        if value is not None and not 0 < value < math.inf:
+            raise click.UsageError(f'{option} {value:g} is no budget; give a number above 0.')
+    if accuracy is not None and not 1 <= accuracy <= 100:
+        raise click.UsageError(f'--accuracy {accuracy:g} is no percentage from 1 to 100, as in 95.')
     if (latency_ms is None) != (profile is None):
         raise click.UsageError('--latency-ms and --profile belong together; give both.')
     if calibration_dir and data_dir and os.path.realpath(calibration_dir) == os.path.realpath(data_dir):
@@ -92,6 +98,9 @@ def command(
     datasets = [open_dataset(folder, dataset, split) for folder in folders]
     network = options.load_network(**model_options, name_classes=False)
     model = network.model.to(options.resolve_device(device))
+    costs = model_costs = mac_costs(model)
+    if profile:
+        costs = latency_costs(model_costs, model.subnets, merge_results([profile], where).rows)
     answers = [
         collect_answers(
             model,
@@ -102,9 +111,6 @@ def command(
         )
         for images in datasets]
     report, calibration = answers if calibration_dir else split_answers(answers[0], calibration_share, seed)[::-1]
-    costs = model_costs = mac_costs(model)
-    if profile:
-        costs = latency_costs(model_costs, model.subnets, merge_results([profile], where).rows)
     found = calibrate(calibration, report, costs, model_costs, budget=macs or latency_ms, accuracy=accuracy)
     info = {
         'data_dir': data_dir, 'dataset': dataset, 'split': split, 'calibration_dir': calibration_dir,

@@ -38,7 +38,8 @@ def command(
 
     \b
     supervit choose results/evaluate.json results/profile.json --latency-ms 20 --where batch_size=1
-    supervit choose results/*.json --latency-p90-ms 20 --compare other/evaluate.json --compare other/profile.json
+    supervit choose results/evaluate.json results/profile.json --latency-p90-ms 20 \\
+        --compare other/evaluate.json --compare other/profile.json
     """
     from ..tools.choose import best_subnet, merge_results, pareto_front
     from ..tools.files import fill_folder

@@ -63,6 +63,7 @@ def command(
     from ..tools.evaluate import evaluate
     from ..tools.evaluate_cascade import count_calibration_images, evaluate_cascade
     from ..tools.files import check_output_folder, fill_folder
+    from ..tools.networks import check_no_model_folder
     from ..tools.pictures import draw_operating_points
     from ..tools.progress import silent
     from ..tools.results import save_results
@@ -76,6 +77,7 @@ def command(
         check_output_folder(output)
     images = open_dataset(data_dir, dataset, split)
     given = model_options['model']
+    check_no_model_folder(given)
     epochs = find_epochs(given) if Path(given).is_dir() else {}
     if cascade and epochs:
         raise click.UsageError(f'{given} holds several epochs, and a cascade is of one; give its checkpoint.')

@@ -113,6 +113,6 @@ def _summary(manifest: dict[str, Any]) -> str:
     text += f', {manifest["bytes"] / manifest["float32_bytes"]:.2f} of float32'
     rows = _rows(manifest)
     if 'top1' in rows[0]:
-        loss = sum(row['top1'] - row['int8_top1'] for row in rows) / len(rows)
-        text += f'; top-1 {loss:.2f} points lower in the mean over subnets, on {rows[0]["count"]} images'
+        gain = sum(row['int8_top1'] - row['top1'] for row in rows) / len(rows)
+        text += f'; top-1 {gain:+.2f} points in the mean over subnets, on {rows[0]["count"]} images'
     return text

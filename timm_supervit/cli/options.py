@@ -198,7 +198,7 @@ model_options = _chain(
     click.argument('model'),
     click.option(
         '--checkpoint', type=click.Path(exists=True, dir_okay=False), metavar='PATH',
-        help='Weights to load, if MODEL is a name (default: the pretrained ones, if there are).'),
+        help='Weights to load, if MODEL is a name.'),
     setting_options,
 )
 device_option = click.option(
@@ -228,7 +228,7 @@ where_option = click.option(
     '--where', multiple=True, metavar='KEY=VALUE', callback=_parse_where,
     help='Which of several settings of the profile counts, as in batch_size=1; may be repeated.')
 subnet_option = click.option(
-    '--subnet', 'subnets', multiple=True, type=SubnetType(), help='A subnet; may be repeated (default: all).')
+    '--subnet', 'subnets', multiple=True, type=SubnetType(), help='A subnet to run; may be repeated.')
 cascade_option = click.option(
     '--cascade', type=click.Path(exists=True, dir_okay=False), metavar='JSON',
     help='A cascade of "supervit cascade", in the place of subnets.')
@@ -306,11 +306,14 @@ def resolve_device(device: str | None) -> str:
     """Return the device to run on: the given one, or a CUDA device if there is one, or the CPU.
 
     Raises:
-        RuntimeError: If torch knows no such device.
-        ValueError: If it is a CUDA device and there is none.
+        ValueError: If torch knows no such device, or it is a CUDA device and there is none.
     """
     import torch
 
-    if not torch.cuda.is_available() and torch.device(device or 'cpu').type == 'cuda':
+    try:
+        wanted = torch.device(device or 'cpu')
+    except RuntimeError as error:
+        raise ValueError(f'--device {device}: torch knows no such device; use cpu, cuda, cuda:0, ...') from error
+    if not torch.cuda.is_available() and wanted.type == 'cuda':
         raise ValueError(f'--device {device}: torch finds no CUDA device; leave it out or use cpu')
     return device or ('cuda' if torch.cuda.is_available() else 'cpu')

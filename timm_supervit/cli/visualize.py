@@ -43,8 +43,8 @@ def command(
 
     The picture has one row for each image and subnet, by default the largest and the smallest size at the lowest keep
     rate, or of several images the largest size alone: the image at the subnet's size, then what is left of it after
-    each block that drops tokens; above it the prediction and the cost. --output gets visualize.png, and the
-    predictions as visualize.json and visualize.csv.
+    each block that drops tokens; above it the prediction and the cost. --output gets visualize.png, with four rows to
+    a picture visualize-2.png and so on, and the predictions as visualize.json and visualize.csv.
 
     \b
     Example:
@@ -53,7 +53,7 @@ def command(
     """
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.results import save_results
-    from ..tools.visualize import draw_kept_tokens, find_kept_tokens, read_image, summarize, telling_subnets
+    from ..tools.visualize import draw_kept_tokens, find_kept_tokens, pages, read_image, summarize, telling_subnets
     from .tables import list_table, print_table
 
     check_output_folder(output)
@@ -67,7 +67,8 @@ def command(
     results.network['weights_kind'] = network.weights_kind
     with fill_folder(output) as folder:  # all of it or nothing
         save_results(results, folder, 'visualize')
-        draw_kept_tokens(found, folder / 'visualize.png')
+        for i, rows in enumerate(pages(found), start=1):
+            draw_kept_tokens(rows, folder / f'visualize{f"-{i}" if i > 1 else ""}.png')
     print_json(asdict(results))
     print_table(list_table(
         results.rows, ['image', 'img_size', 'keep_rate', 'macs', 'prediction', 'probability']))

@@ -44,7 +44,7 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
         own: set[str] = set()
         for row in results.rows:
             point = name_of(row)
-            if row.get('model') or any(row.get(key, value) != value for key, value in wanted.items()):
+            if row.get('model') or any(str(row.get(key, value)) != str(value) for key, value in wanted.items()):
                 continue
             known = merged.setdefault(point, {})
             clashing = [key for key in row if row[key] != known.get(key, row[key])]
@@ -79,7 +79,7 @@ def _describe_clash(first: str, second: str, one: Row, other: Row, clashing: Seq
     point = f'{"cascade" if "cascade" in one else "subnet"} {name_of(one)}'
     settings = [f'{key}={one[key]} or {other[key]}' for key in clashing if column_of((), key).kind == 'setting']
     if settings:
-        return f'{files}: {point} in several settings; choose: {" and ".join(settings)}'
+        return f'{files}: {point} in several settings; choose with --where: {" and ".join(settings)}'
     measured = [f'{key} {one[key]} and {other[key]}' for key in clashing]
     return f'{files}: {point} is measured twice, {", ".join(measured) or "alike"}; give one of the two'
 
@@ -137,7 +137,9 @@ def _describe(rows: Sequence[Row], values: Mapping[str, float], limits: bool = T
     for key, value in values.items():
         column = column_of(rows, key)
         limit = ('at least ' if column.more_is_better else 'at most ') if limits else ''
-        parts.append(f'{column.title} {limit}{column.text(value)} {column.unit}')
+        shown = column.text(value)
+        shown = shown if float(shown) else f'{value / column.scale:.2g}'  # not "at most 0.00 ms"
+        parts.append(f'{column.title} {limit}{shown} {column.unit}')
     return ' and '.join(parts)
 
 

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 __all__ = ['ReadableImages', 'count_missing', 'create_evaluation_loader', 'open_dataset']
 
+_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'}
+
 
 class ReadableImages(Dataset):
     """A data set in which an unreadable image is a black one with the target ``-1 - index``.
@@ -61,7 +63,7 @@ class ReadableImages(Dataset):
 
 
 def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validation') -> Any:
-    """Return a data set as timm's scripts open it.
+    """Return a data set as timm's scripts open it, but with the split that is asked for.
 
     Args:
         data_dir: Folder with a folder of images for each class, or with such folders for each split.
@@ -72,18 +74,25 @@ def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validati
         FileNotFoundError: If there is no such folder.
         ModuleNotFoundError: If the package that reads this kind is missing.
         RuntimeError: If it holds no image.
-        ValueError: If there is no such kind of data set, or it needs a folder.
+        ValueError: If there is no such kind of data set or no such split, or it needs a folder.
     """
     if not dataset and not data_dir:
         raise ValueError('no images: give a folder of them with --data-dir, or a data set with --dataset')
     if not dataset and not os.path.exists(str(data_dir)):
-        raise FileNotFoundError(f'the folder of images {data_dir!r} does not exist; give another with --data-dir')
+        raise FileNotFoundError(f'the folder of images {data_dir!r} does not exist; give another')
     try:
-        return create_dataset(dataset, root=data_dir, split=split)
+        opened = create_dataset(dataset, root=data_dir, split=split)
     except (AssertionError, KeyError, TypeError) as error:  # of timm's or torchvision's, for a name, folder or split
         raise ValueError(
             f'data set {dataset!r} cannot be opened from {data_dir!r} ({type(error).__name__}: {error}); '
             f'check --dataset, --data-dir and --split') from error
+    if not dataset and getattr(getattr(opened, 'reader', None), 'root', None) == data_dir:
+        # Where there is no such split, timm takes the whole folder, which may be all splits together.
+        inside = {entry.name for entry in os.scandir(data_dir) if entry.is_dir()} if os.path.isdir(data_dir) else set()
+        if inside and inside <= _SPLITS:
+            raise ValueError(
+                f'{data_dir!r} has no split {split!r}, but {", ".join(sorted(inside))}; choose one with --split')
+    return opened
 
 
 def count_missing(dataset: Any, delivered: int, rank: int = 0, size: int = 1) -> int:
@@ -151,4 +160,5 @@ def _check_classes(dataset: Any, model: Any) -> None:
     if classes and len(classes) != model.num_classes:  # a stream may not know them
         raise ValueError(
             f'the data set has {len(classes)} classes and the model {model.num_classes}; check the folder, '
-            f'or create the model of these classes with --num-classes {len(classes)} and its --checkpoint')
+            f'or give a checkpoint of {len(classes)} classes, with --num-classes {len(classes)} if it is no one of '
+            f'train.py')

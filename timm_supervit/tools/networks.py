@@ -21,8 +21,9 @@ from ..models.lvvit import SuperLVViT
 from ..models.supervit import SuperVisionTransformer
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .class_names import read_class_names, trained_class_names
+from .program import is_program
 
-__all__ = ['Network', 'check_settings', 'load_network']
+__all__ = ['Network', 'check_no_model_folder', 'check_settings', 'load_network']
 
 _DATA_SETTINGS = ('mean', 'std', 'interpolation', 'crop_pct')  # of train.py, for the images of its validation
 _WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number'}
@@ -82,6 +83,8 @@ def load_network(
             contradict the checkpoint.
     """
     settings = dict(settings or {})
+    if model and is_program(model):
+        raise ValueError(f'{model} is an exported file, which only "supervit predict" runs; give the model itself')
     if model and not timm.is_model(model) and Path(model).is_file():
         if checkpoint:
             raise ValueError(f'{model} and --checkpoint {checkpoint} are both checkpoints; leave one out')
@@ -91,6 +94,11 @@ def load_network(
         if pretrained and timm.is_model(model) and not timm.models.is_model_pretrained(model):
             raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
         network = _create(model, settings, pretrained)
+        own = network.pretrained_cfg['num_classes']
+        if pretrained and network.num_classes != own:  # timm would leave the head as it was drawn
+            raise ValueError(
+                f'num_classes={network.num_classes} contradicts the weights of {model}, which have {own} classes; '
+                f'leave it out, or give weights of {network.num_classes} classes with --checkpoint')
         _name_classes(network, class_names)
         return Network(network, model)
 
@@ -139,6 +147,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(f'{name}={value} should be {wanted}')
 
 
+def check_no_model_folder(path: str) -> None:
+    """Refuse the folder of a model, which has a name of its own for timm.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if Path(path, 'config.json').is_file():
+        raise ValueError(f'{path} is the folder of a model; give local-dir:{path}')
+
+
 def _read_settings(args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the model and the settings that ``train.py`` created it with; an empty name for another script's."""
     model, settings = args.get('model'), args.get('model_kwargs')
@@ -152,6 +170,7 @@ def _read_settings(args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, source: str = '') -> Any:
     remedy = 'timm.list_models("supervit*") lists those that are'
     if ':' not in model and not timm.is_model(model):
+        check_no_model_folder(model)
         near = difflib.get_close_matches(model, timm.list_models('*supervit*'), 1)
         raise ValueError(
             f'Unknown model{source}: there is no file {model} and no model of that name; '

@@ -4,6 +4,7 @@ All candidates are measured in the same rounds, each once a round and in a new o
 gets slower or faster on the way treats them alike. Each measurement follows two calls that warm it up.
 """
 import contextlib
+import difflib
 import itertools
 import json
 import platform
@@ -144,6 +145,10 @@ def _networks(
         input_size = (model.in_chans, *size_2d(model.img_sizes[-1]))
         networks.append(_Network(row, FixedSubnet(model.to(device), subnet), input_size))
     for peer in peers:
+        if ':' not in peer and not timm.is_model(peer):
+            near = difflib.get_close_matches(peer, timm.list_models(), 1)
+            raise ValueError(f'timm has no model {peer} to measure beside it; '
+                             + (f'did you mean {near[0]}?' if near else 'timm.list_models() lists those that it has'))
         module: Any = timm.create_model(peer).eval()
         networks.append(_Network(
             dict(model=peer, macs=count_macs(module)), module.to(device), module.pretrained_cfg['input_size']))

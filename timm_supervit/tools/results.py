@@ -123,9 +123,10 @@ class Results:
 
 
 def column_of(rows: Iterable[Row], key: str) -> Column:
-    """Return what stands under a key of these rows; MACs in the unit that suits the largest."""
+    """Return what stands under a key of these rows; MACs in the unit that suits them all."""
     column = COLUMNS.get(key, Column(key))
-    if key == 'macs' and max((row['macs'] for row in rows if row.get('macs') is not None), default=0) >= 1e8:
+    macs = [row['macs'] for row in rows if row.get('macs') is not None] if key == 'macs' else []
+    if max(macs, default=0) >= 1e8 and min(macs) >= 1e7:
         return column._replace(unit='G', scale=1e9)
     return column
 

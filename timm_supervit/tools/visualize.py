@@ -24,12 +24,14 @@ __all__ = [
     'class_name',
     'draw_kept_tokens',
     'find_kept_tokens',
+    'pages',
     'read_image',
     'summarize',
     'telling_subnets',
 ]
 
 _MASK_COLOR, _MASK_OPACITY = 0.93, 0.85  # light, as on paper; what was dropped shines through
+_ROWS_OF_A_PICTURE = 4
 
 
 class KeptTokens(NamedTuple):
@@ -75,7 +77,7 @@ def class_name(model: SuperVisionTransformer, index: int) -> str:
 
 
 def telling_subnets(model: SuperVisionTransformer, num_images: int) -> list[Subnet]:
-    """Return the subnets to draw where none are asked for: few, so that the picture fits a screen, and that drop most.
+    """Return the subnets to draw where none are asked for: few, that drop most.
 
     Args:
         model: The model.
@@ -142,6 +144,11 @@ def summarize(found: Sequence[KeptTokens], model: SuperVisionTransformer, name: 
         for row in found
     ]
     return Results(name, rows, network=fingerprint(model))
+
+
+def pages(found: Sequence[KeptTokens]) -> list[Sequence[KeptTokens]]:
+    """Return rows in parts of which each, drawn, fits a screen."""
+    return [found[i:i + _ROWS_OF_A_PICTURE] for i in range(0, len(found), _ROWS_OF_A_PICTURE)]
 
 
 def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> None:
