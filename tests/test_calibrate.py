@@ -13,8 +13,10 @@ from PIL import Image
 
 from timm_supervit import Cascade
 from timm_supervit.cli import main
+from timm_supervit.fingerprint import fingerprint
 from timm_supervit.tools import cascade as tool
 from timm_supervit.tools.cascade import Answers, Costs, calibrate, latency_costs, mac_costs, split_answers
+from timm_supervit.tools.evaluate_cascade import count_calibration_images
 from timm_supervit.tools.results import Results, load_results, save_results
 
 SETTINGS = ['img_sizes=12,24', 'keep_rates=0.5,1.0', 'num_classes=3']
@@ -219,6 +221,41 @@ def test_two_folders_take_the_place_of_a_split(given: list[Any], folder: Path, t
     result = supervit('cascade', *given, '--calibration-dir', tmp_path / 'half')
     assert result.exit_code == 0, result.output
     assert 'On 90 images that' in result.stdout and 'Chosen on 45 images' in result.stdout
+
+
+def test_images_in_both_folders_are_refused(given: list[Any], folder: Path) -> None:
+    inside = next(path for path in folder.rglob('*') if path.is_dir())
+    result = supervit('cascade', *given, '--calibration-dir', inside)
+    assert result.exit_code == 1 and 'images of --calibration-dir are in --data-dir too' in result.stderr
+
+
+def test_a_profile_of_another_network_int8_or_larger_batches_gives_no_other_budget(
+        given: list[Any], model: Any, tmp_path: Path) -> None:
+    rows = [dict(subnet._asdict(), macs=model.macs(subnet), latency_ms=10. * i + 10, batch_size=1)
+            for i, subnet in enumerate(model.subnets)]
+
+    def run(rows: list[Any], **network: Any) -> Any:
+        path = save_results(Results('x', rows, {}, fingerprint(model, weights=False) | network), tmp_path, 'other')[0]
+        return supervit('cascade', *given, '--latency-ms', 25, '--profile', path, '--json')
+
+    expected = run(rows)
+    assert expected.exit_code == 0, expected.output
+    batches = [row | dict(latency_ms=8 * row['latency_ms'], batch_size=8) for row in rows]
+    int8 = [row | dict(latency_ms=1., precision='int8') for row in rows]
+    for other in (batches, [*rows, *int8]):
+        assert json.loads(run(other).stdout)['chosen'] == json.loads(expected.stdout)['chosen']
+    assert 'is of another network: embed_dim' in run(rows, embed_dim=384).stderr
+
+
+def test_where_without_a_profile_is_refused(given: list[Any]) -> None:
+    assert supervit('cascade', *given, '--where', 'batchsize=1').exit_code == 2
+
+
+@pytest.mark.parametrize('calibration', [None, 'x', {'data_dir': 'x'}, {}])
+def test_what_a_cascade_was_calibrated_on_may_be_unknown(tmp_path: Path, calibration: Any) -> None:
+    path = tmp_path / 'cascade.json'
+    path.write_text(json.dumps({'calibration': calibration}))
+    assert count_calibration_images(path, 'x', '', 'validation') == 0
 
 
 def test_a_profile_gives_the_budget_in_time(given: list[Any], model: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -150,6 +151,11 @@ def test_an_empty_batch_and_gradients_pass(small_model: Any, batch: Tensor) -> N
 def test_what_is_no_cascade_is_refused(small_model: Any, stages: Any, thresholds: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Cascade(small_model(), stages, thresholds)
+
+
+def test_stages_and_thresholds_may_be_arrays(small_model: Any) -> None:
+    cascade = Cascade(small_model(), [(32, np.float64(0.6)), (64, 1)], np.array([0.6]))  # type: ignore[arg-type]
+    assert (cascade.stages, cascade.thresholds) == (((32, 0.6), (64, 1.0)), (0.6,))
 
 
 def test_a_model_that_is_no_classifier_is_refused(small_model: Any) -> None:

@@ -64,7 +64,7 @@ def test_no_budget_is_shown_as_zero(files: list[Path]) -> None:
 def test_a_setting_is_found_by_its_text(tmp_path: Path) -> None:
     row = dict(img_size=128, keep_rate=0.5, macs=1, top1=70.)
     path = save(tmp_path, 'pictures', [row | {'image': name} for name in ('270', '050')])
-    with pytest.raises(ValueError, match=r'choose with --where: image=270 or 050'):
+    with pytest.raises(ValueError, match=r'in several settings; choose: image=270 or 050'):
         merge_results([path])
     for value in (270, '050'):
         assert [row['image'] for row in merge_results([path], {'image': value}).rows] == [str(value)]
@@ -103,3 +103,14 @@ def test_another_network_is_printed_and_drawn_beside_the_first(files: list[Path]
     assert pictures[0] != pictures[1]
     result = supervit('choose', files[0], other)
     assert result.exit_code == 1 and 'different networks' in result.stderr
+
+
+def test_costs_of_other_settings_do_not_compare(files: list[Path], tmp_path: Path) -> None:
+    batch = [{'cascade': '128:0.5 (0.9) 224:1', 'top1': 79.8, 'latency_ms': 115., 'batch_size': 256}]
+    rows = merge_results([*files[:2], save(tmp_path, 'batch', batch)]).rows
+    for row in rows:
+        row.setdefault('batch_size', 1)
+    for call in (lambda: best_subnet(rows, latency_ms=20), lambda: pareto_front(rows, 'latency_ms')):
+        with pytest.raises(ValueError, match=r'latency, median is of batch_size=1 and batch_size=256, which do not'):
+            call()
+    assert best_subnet(rows, macs=5e9) and pareto_front(rows, 'macs')

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from timm_supervit.cli import main
 from timm_supervit.fingerprint import fingerprint
 from timm_supervit.tools.export import export_model
 from timm_supervit.tools.predict import Log, Share, open_images, predict, run_subnet
+from timm_supervit.tools.program import load_program
 from timm_supervit.tools.visualize import read_image
 
 NAMES = ['ant', 'bee', 'cow']
@@ -313,3 +315,93 @@ def test_files_are_found_once_and_in_order(folder: Path) -> None:
     assert names == [str(folder / name) for name in (
         '04.PNG', '00.PNG', '02.PNG', '06.PNG', '08.PNG', '10.PNG',
         'inner/01.PNG', 'inner/03.PNG', 'inner/05.PNG', 'inner/07.PNG', 'inner/09.PNG')]
+
+
+def test_links_to_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    images = tmp_path / 'images'
+    images.mkdir()
+    (images / 'a.png').write_bytes((folder / '00.PNG').read_bytes())
+    for name in ('one', 'two'):
+        (images / name).symlink_to('.')
+    (tmp_path / 'again').symlink_to(images)
+    assert len(open_images([images, tmp_path / 'again', images / 'a.png'])) == 1
+
+
+def test_the_parent_of_a_link_is_where_it_leads(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / 'real' / 'sub').mkdir(parents=True)
+    (tmp_path / 'real' / 'x.png').write_bytes((folder / '00.PNG').read_bytes())
+    (tmp_path / 'link').symlink_to('real/sub')
+    images = open_images([f'{tmp_path}/link/../x.png'])
+    assert os.path.samefile(images.filename(0), tmp_path / 'real' / 'x.png')
+
+
+def test_a_folder_that_may_not_be_read_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'closed').mkdir()
+    (tmp_path / 'x.png').write_bytes((folder / '00.PNG').read_bytes())
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith('closed'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(PermissionError, match='closed'):
+        open_images([tmp_path])
+
+
+@pytest.mark.parametrize('content', [b'notes without an end of line', b'{"a": 1}', b'{"index": 1, "image"', b'\n'])
+def test_a_file_of_something_else_stays_as_it_is(source: str, folder: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / 'precious.txt'
+    path.write_bytes(content)
+    result = supervit('predict', source, folder, '--output', path)
+    assert result.exit_code == 1 and 'holds other predictions' in result.stderr
+    assert path.read_bytes() == content
+
+
+def test_json_and_a_file_get_the_same_lines(source: str, folder: Path, tmp_path: Path) -> None:
+    result = supervit('predict', source, folder, '--output', tmp_path / 'out.jsonl', '--json')
+    rows = [{key: value for key, value in row.items() if key != 'run'} for row in read_lines(tmp_path / 'out.jsonl')]
+    assert rows == [json.loads(line) for line in result.stdout.splitlines()] and len(rows) == 11
+    result = supervit('predict', source, folder, '--output', '/dev/null')
+    assert result.exit_code == 1 and 'is no file that can be read again' in result.stderr
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    ({'stages': 5}, 'stages 5 are not two to four subnets'),
+    ({'stages': None}, 'stages None are not two to four subnets'),
+    ({'stages': [[24, 1.0]], 'thresholds': []}, 'are not two to four subnets'),
+    ({'stages': [[24, 1.0], [12, 0.5]]}, 'not in ascending cost'),
+    ({'thresholds': [float('nan')]}, 'threshold nan is not in'),
+])
+def test_a_cascade_edited_by_hand_is_checked_for_exported_files_too(
+        exported: Path, folder: Path, tmp_path: Path, changes: Any, message: str) -> None:
+    path, = exported.glob('*.onnx')
+    content = json.loads((exported / 'cascade.json').read_text()) | changes
+    (tmp_path / 'edited.json').write_text(json.dumps(content))
+    result = supervit('predict', path, folder, '--cascade', tmp_path / 'edited.json')
+    assert result.exit_code == 1 and re.search(f'edited.json: .*{message}', result.stderr), result.stderr
+
+
+def test_images_of_another_shape_are_refused_by_exported_files(exported: Path) -> None:
+    path, = exported.glob('*.onnx')
+    program = load_program(path)
+    with pytest.raises(ValueError, match=r'images of shape \(2, 1, 24, 24\) are no batch \[B, 3,'):
+        program(torch.zeros(2, 1, 24, 24))
+    with pytest.raises(TypeError, match='images are a list'):
+        program([])  # type: ignore[arg-type]
+    assert torch.equal(program(torch.ones(1, 3, 24, 24).double()), program(torch.ones(1, 3, 24, 24)))
+
+
+def test_a_model_of_one_channel_classifies_images(folder: Path, tmp_path: Path) -> None:
+    model: Any = timm.create_model('supervit_digits', in_chans=1, num_classes=2)
+    torch.save(model.state_dict(), tmp_path / 'one.pth')
+    for name in ('0', '1'):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        (tmp_path / 'data' / name / 'x.png').write_bytes((folder / '00.PNG').read_bytes())
+    given = ['supervit_digits', '--checkpoint', tmp_path / 'one.pth', '--num-classes', 2, '--model-kwargs',
+             'in_chans=1']
+    result = supervit('predict', *given, folder / '00.PNG', '--json')
+    assert result.exit_code == 0, result.output
+    result = supervit('evaluate', *given, '--data-dir', tmp_path / 'data', '-j', 0, '--json')
+    assert result.exit_code == 0 and json.loads(result.stdout)['rows'][0]['count'] == 2, result.output

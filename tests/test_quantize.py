@@ -152,3 +152,16 @@ def test_a_file_that_the_quantizer_wrote_in_part_is_an_error(
     result = export(folder, tmp_path, '--subnet', '24:0.7')
     assert result.exit_code == 1 and 'needs room for four copies' in result.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_images_that_cannot_be_read_do_not_calibrate_or_compare(folder: Path, tmp_path: Path) -> None:
+    for path in sorted((folder / 'data').rglob('*.png')):
+        copy = tmp_path / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    copy.write_text('no image')
+    for option in ('--calibration-data', '--data-dir'):
+        result = export(folder, tmp_path / 'out', '--subnet', '24:0.7', option, tmp_path / 'data')
+        message = result.stderr.splitlines()[-1]
+        assert result.exit_code == 1 and f'image {copy} cannot be read' in message
+        assert 'skip-bad' not in message and 'Errno' not in message

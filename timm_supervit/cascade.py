@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from .fingerprint import fingerprint
 from .models.supervit import SuperVisionTransformer
-from .subnets import Size, Subnet, check_subnet
+from .subnets import Size, Subnet, check_subnet, plain_numbers
 
 __all__ = [
     'NUM_STAGES',
     'Cascade',
+    'check_stages',
     'check_thresholds',
     'parting_block',
     'probabilities',
@@ -50,12 +51,42 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def check_stages(
+        stages: Any,
+        img_sizes: Sequence[Size],
+        macs: Callable[[Subnet], int | None],
+) -> tuple[Subnet, ...]:
+    """Return the stages of a cascade as subnets.
+
+    Args:
+        stages: Pairs (img_size, keep_rate).
+        img_sizes: Sizes that there are.
+        macs: Says what a subnet costs, or None if that is unknown.
+
+    Raises:
+        ValueError: If they are not two to four subnets of these sizes in ascending cost.
+    """
+    stages = plain_numbers(stages)
+    if not isinstance(stages, Sequence) or isinstance(stages, str) or len(stages) not in NUM_STAGES:
+        raise ValueError(f'stages {stages!r} are not two to four subnets, as in [(160, 0.5), (224, 1.0)]')
+    checked = tuple(check_subnet(stage, img_sizes) for stage in stages)
+    costs = {stage: cost for stage in checked if (cost := macs(stage)) is not None}
+    known = [costs[stage] for stage in checked if stage in costs]
+    if any(later <= earlier for earlier, later in itertools.pairwise(known)):
+        raise ValueError(
+            f'stages {", ".join(map(str, checked))} are not in ascending cost, which is '
+            f'{", ".join(f"{cost / 1e6:.2f}" for cost in known)} MMACs; '
+            f'use {", ".join(map(str, sorted(costs, key=lambda stage: costs[stage])))}')
+    return checked
+
+
 def check_thresholds(thresholds: Any, num_stages: int) -> tuple[float, ...]:
     """Return the thresholds of a cascade as floats.
 
     Raises:
         ValueError: If there is not one for each stage but the last, or one is not in (0, 1).
     """
+    thresholds = plain_numbers(thresholds)
     if not isinstance(thresholds, Sequence) or isinstance(thresholds, str) or len(thresholds) != num_stages - 1:
         raise ValueError(
             f'thresholds {thresholds!r} are not one for each of {num_stages} stages but the last, where every image '
@@ -182,16 +213,8 @@ class Cascade(nn.Module):
             raise TypeError(f'a cascade runs subnets of a SuperViT, not of a {type(model).__name__}')
         if model.num_classes < 2:
             raise ValueError(f'a model of num_classes {model.num_classes} is always sure; a cascade needs 2 or more')
-        if not isinstance(stages, Sequence) or len(stages) not in NUM_STAGES:
-            raise ValueError(f'stages {stages!r} are not two to four subnets, as in [(160, 0.5), (224, 1.0)]')
         self.model = model
-        self.stages = tuple(check_subnet(stage, model.img_sizes) for stage in stages)
-        costs = [model.macs(stage) for stage in self.stages]
-        if any(later <= earlier for earlier, later in itertools.pairwise(costs)):
-            ordered = sorted({*self.stages}, key=model.macs)
-            raise ValueError(
-                f'stages {", ".join(map(str, self.stages))} are not in ascending cost, which is '
-                f'{", ".join(f"{cost / 1e6:.2f}" for cost in costs)} MMACs; use {", ".join(map(str, ordered))}')
+        self.stages = check_stages(stages, model.img_sizes, model.macs)
         self.thresholds = check_thresholds(thresholds, len(self.stages))
 
     @classmethod

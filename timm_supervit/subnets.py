@@ -24,6 +24,7 @@ __all__ = [
     'find_nearest_size',
     'format_size',
     'keep_schedule',
+    'plain_numbers',
     'size_2d',
     'sort_sizes',
 ]
@@ -123,7 +124,7 @@ def check_keep_rate(keep_rate: Any) -> float:
     Raises:
         ValueError: If it is not in (0, 1].
     """
-    keep_rate = _plain(keep_rate)
+    keep_rate = plain_numbers(keep_rate)
     if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or not 0 < float(keep_rate) <= 1:
         raise ValueError(f'keep_rate {keep_rate!r} is not in (0, 1]; 0.7 keeps 70 % of the tokens, 1.0 all of them')
     return float(keep_rate)
@@ -163,7 +164,7 @@ def check_drop_layers(drop_layers: Any, depth: int) -> tuple[int, ...]:
     Raises:
         ValueError: If an index is not in [0, depth) or is repeated.
     """
-    drop_layers = _plain(drop_layers)
+    drop_layers = plain_numbers(drop_layers)
     layers = tuple(drop_layers) if isinstance(drop_layers, Sequence) else (drop_layers,)
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
@@ -213,7 +214,7 @@ def keep_schedule(
 
 
 def _as_sequence(values: Any, name: str, example: str) -> Sequence[Any]:
-    values = _plain(values)
+    values = plain_numbers(values)
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise ValueError(f'{name} {values!r} is no list; give at least one number in a list, as in {name}={example}')
     if not values:
@@ -221,6 +222,6 @@ def _as_sequence(values: Any, name: str, example: str) -> Sequence[Any]:
     return values
 
 
-def _plain(values: Any) -> Any:
+def plain_numbers(values: Any) -> Any:
     """Return the numbers of an array or tensor as Python's, and anything else as it is."""
     return values.tolist() if hasattr(values, 'tolist') else values

@@ -74,10 +74,10 @@ def command(
         split_answers,
     )
     from ..tools.choose import merge_results, pareto_front
-    from ..tools.data import create_evaluation_loader, open_dataset
+    from ..tools.data import count_common, create_evaluation_loader, open_dataset
     from ..tools.files import check_output_folder, fill_folder
     from ..tools.pictures import draw_operating_points
-    from ..tools.results import Results, save_results, subnet_of
+    from ..tools.results import Results, difference, save_results, subnet_of
     from .progress import track
     from .tables import list_table, print_table
 
@@ -90,17 +90,26 @@ def command(
         raise click.UsageError(f'--accuracy {accuracy:g} is no percentage from 1 to 100, as in 95.')
     if (latency_ms is None) != (profile is None):
         raise click.UsageError('--latency-ms and --profile belong together; give both.')
+    if where and not profile:
+        raise click.UsageError('--where says which rows of --profile count; give that too, or leave it out.')
     if calibration_dir and data_dir and os.path.realpath(calibration_dir) == os.path.realpath(data_dir):
         raise click.UsageError('--calibration-dir is --data-dir; leave it out, so that the images are split.')
     if output:
         check_output_folder(output)
     folders = [data_dir, *([calibration_dir] if calibration_dir else [])]
     datasets = [open_dataset(folder, dataset, split) for folder in folders]
+    if calibration_dir and (common := count_common(*datasets)):
+        raise ValueError(f'{common} images of --calibration-dir are in --data-dir too; leave --calibration-dir out, so '
+                         f'that the images are split, or give other images')
     network = options.load_network(**model_options, name_classes=False)
     model = network.model.to(options.resolve_device(device))
     costs = model_costs = mac_costs(model)
     if profile:
-        costs = latency_costs(model_costs, model.subnets, merge_results([profile], where).rows)
+        measured = merge_results([profile], where)
+        other = difference(Results(network.name, [], {}, fingerprint(model)), measured)
+        if measured.network and other:
+            raise ValueError(f'{profile} is of another network: {other}; profile this one')
+        costs = latency_costs(model_costs, model.subnets, measured.rows)
     answers = [
         collect_answers(
             model,

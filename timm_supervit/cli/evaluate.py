@@ -104,7 +104,8 @@ def command(
             results = evaluate_epochs(
                 model, epochs, loader, subnets or None, use_ema=model_options['use_ema'], **arguments)
         elif cascade:
-            stages = Cascade.load(model, cascade)
+            with options.warnings_shown():
+                stages = Cascade.load(model, cascade)
             results = evaluate_cascade(stages, loader, **arguments)
         else:
             results = evaluate(model, loader, subnets or None, **arguments)

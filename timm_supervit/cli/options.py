@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import click
 
 from ..subnets import Subnet, check_img_size, check_keep_rate
-from .stdout import JSON, QUIET, note
+from .stdout import JSON, QUIET, echo, note
 
 __all__ = [
     'INTERRUPTED',
@@ -39,6 +40,7 @@ __all__ = [
     'setting_options',
     'show_weights',
     'subnet_option',
+    'warnings_shown',
     'where_option',
     'workers_option',
 ]
@@ -118,6 +120,16 @@ def json_option(command: click.Command) -> click.Command:
     """Add ``--json`` to a command that prints results."""
     command.params.append(_flag(JSON, '--json', help='Print the results as JSON, and nothing else to stdout.'))
     return command
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show the warnings of a block as a line each, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        yield
+    for warning in caught:
+        echo(f'Warning: {warning.message}', err=True)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def command(
     """
     import torch
 
-    from ..cascade import Cascade, read_cascade
+    from ..cascade import Cascade
     from ..subnets import check_subnet
     from ..tools.data import count_missing, open_dataset
     from ..tools.predict import (
@@ -71,6 +71,7 @@ def command(
         open_images,
         open_log,
         predict,
+        read_program_cascade,
         run_cascade,
         run_program_cascade,
         run_subnet,
@@ -93,11 +94,14 @@ def command(
     if where == 'cuda' and share.size > 1:
         where = f'cuda:{os.environ.get("LOCAL_RANK", share.rank)}'
     model, names = _load(where, **model_options)
+    how: Any
     if cascade and isinstance(model, Program):
-        how = read_cascade(cascade, model.network)
+        with options.warnings_shown():
+            how = read_program_cascade(model, cascade)
         classify = run_program_cascade(model, *how)
     elif cascade:
-        stages = Cascade.load(model, cascade)
+        with options.warnings_shown():
+            stages = Cascade.load(model, cascade)
         classify, how = run_cascade(stages), (stages.stages, stages.thresholds)
     else:
         chosen = check_subnet(subnet or model.subnet, model.img_sizes)
@@ -122,9 +126,9 @@ def command(
             done += len(rows)
             if log:
                 log.write(rows)
-            elif wants_json():
+            if wants_json():
                 write(''.join(json.dumps(row) + '\n' for row in rows))
-            else:
+            elif not log:
                 shown += rows
             for row in rows:
                 if 'error' in row:

@@ -27,7 +27,7 @@ from ..subnets import Subnet
 from .evaluate import bad_images, check_complete, check_finite
 from .files import replace_file
 from .progress import Progress, silent
-from .results import Row, subnet_of
+from .results import Row, is_int8, subnet_of
 
 __all__ = [
     'SIGNIFICANCE',
@@ -230,7 +230,9 @@ def mac_costs(model: SuperVisionTransformer) -> Costs:
 
 
 def latency_costs(macs: Costs, subnets: Sequence[Subnet], rows: Sequence[Row]) -> Costs:
-    """Return measured latencies as costs; a stage that goes on is taken to save as large a share of time as of MACs.
+    """Return measured latencies of an image as costs; of a batch each image has its part of the time.
+
+    A stage that goes on is taken to save as large a share of time as of MACs.
 
     Args:
         macs: Multiply-accumulates of the subnets.
@@ -240,7 +242,9 @@ def latency_costs(macs: Costs, subnets: Sequence[Subnet], rows: Sequence[Row]) -
     Raises:
         ValueError: If a subnet was not measured.
     """
-    known = {subnet_of(row): row.get('latency_ms') for row in rows}
+    known = {
+        subnet_of(row): row['latency_ms'] / row.get('batch_size', 1)
+        for row in rows if row.get('latency_ms') is not None and not is_int8(row)}
     missing = [subnet for subnet in subnets if known.get(subnet) is None]
     if missing:
         raise ValueError(
@@ -291,7 +295,7 @@ def calibrate(
             raise ValueError(
                 f'no cascade has a mean {costs.key} of at most {budget:g}; the cheapest has {cheapest:g}')
     elif accuracy is not None:
-        reaching = [point for point in front if point.accuracy >= accuracy / 100]
+        reaching = [point for point in front if point.accuracy >= accuracy / 100 - 1e-9]
         if not reaching:
             best = max(point.accuracy for point in front)
             raise ValueError(
@@ -383,7 +387,8 @@ def _best(tables: Sequence[_Table], answers: Answers, budget: float) -> Point | 
     quality = answers.truth.mean(axis=1)
     for num_stages in NUM_STAGES:
         candidates = [
-            point for table in tables if len(table.stages) == num_stages and (point := _best_of(table, budget))]
+            point for table in tables if len(table.stages) == num_stages
+            and (point := _best_of(table, budget, answers.num_images))]
         if not candidates:
             continue
         point = max(candidates, key=lambda point: (point.accuracy, quality[point.stages[-1]], point.last))
@@ -392,12 +397,12 @@ def _best(tables: Sequence[_Table], answers: Answers, budget: float) -> Point | 
     return best
 
 
-def _best_of(table: _Table, budget: float) -> Point | None:
+def _best_of(table: _Table, budget: float, num_images: int) -> Point | None:
     fits = table.cost <= budget * (1 + 1e-12)
     if not fits.any():
         return None
-    # Accuracies differ by at least one image, far more than the sums are off.
-    accuracy = np.where(fits, table.accuracy.round(9), -1)
+    # Whole numbers of images: the sums are off in the last digits.
+    accuracy = np.where(fits, np.round(table.accuracy * num_images) / num_images, -1)
     place = int(np.where(accuracy == accuracy.max(), table.last, -1).argmax())
     index = np.unravel_index(place, table.cost.shape)
     return Point(

@@ -79,7 +79,7 @@ def _describe_clash(first: str, second: str, one: Row, other: Row, clashing: Seq
     point = f'{"cascade" if "cascade" in one else "subnet"} {name_of(one)}'
     settings = [f'{key}={one[key]} or {other[key]}' for key in clashing if column_of((), key).kind == 'setting']
     if settings:
-        return f'{files}: {point} in several settings; choose with --where: {" and ".join(settings)}'
+        return f'{files}: {point} in several settings; choose: {" and ".join(settings)}'
     measured = [f'{key} {one[key]} and {other[key]}' for key in clashing]
     return f'{files}: {point} is measured twice, {", ".join(measured) or "alike"}; give one of the two'
 
@@ -101,7 +101,8 @@ def best_subnet(
         latency_p90_ms: 90th percentile of the latency of a batch, at most this many milliseconds.
 
     Raises:
-        ValueError: If a column is missing, or nothing fits; the message names the nearest miss.
+        ValueError: If a column is missing, points were measured in several settings, or nothing fits; the message names
+            the nearest miss.
     """
     budget = {
         key: value for key, value in dict(
@@ -118,6 +119,8 @@ def best_subnet(
     rows = [row for row in table if all(row.get(key) is not None for key in ('top1', *budget))]
     if not rows:
         raise ValueError(f'no subnet has all of {", ".join(("top1", *budget))}; measure the same subnets in all files')
+    for key in budget:
+        _check_comparable(rows, key)
     misses = [_Miss(max((_miss(row, key, value) for key, value in budget.items()), default=1), row) for row in rows]
     fitting = [miss for miss in misses if miss.factor <= 1]
     if not fitting:
@@ -126,6 +129,18 @@ def best_subnet(
         raise ValueError(
             f'no subnet has {_describe(table, budget)}; the nearest is {name_of(nearest)} with {reached}')
     return min(fitting, key=lambda miss: (-miss.row['top1'], miss.factor, miss.row.get('macs', 0))).row
+
+
+def _check_comparable(rows: Sequence[Row], cost: str) -> None:
+    """Check that a cost was measured in one setting. A network of lower precision is another one, and comparable."""
+    if cost == 'macs':
+        return
+    for key in ('batch_size', 'runtime'):
+        values = sorted({row[key] for row in rows if row.get(key) is not None})
+        if len(values) > 1:
+            raise ValueError(
+                f'{COLUMNS[cost].title} is of {" and ".join(f"{key}={value}" for value in values)}, which do not '
+                f'compare; choose one with --where, or measure all alike')
 
 
 def _miss(row: Row, key: str, value: float) -> float:
@@ -152,6 +167,7 @@ def pareto_front(table: Sequence[Row], cost: str = 'macs') -> list[Row]:
     """
     sign = -1 if column_of((), cost).more_is_better else 1
     rows = [row for row in table if row.get('top1') is not None and row.get(cost) is not None]
+    _check_comparable(rows, cost)
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (sign * row[cost], -row['top1'])):
         if not front or row['top1'] > front[-1]['top1']:

@@ -1,6 +1,7 @@
 """Images to evaluate on: timm's data sets and loader, with unreadable images marked instead of replaced."""
 import contextlib
 import os
+import statistics
 from typing import Any
 
 import torch
@@ -8,9 +9,16 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.data.dataset import ImageDataset
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
-__all__ = ['ReadableImages', 'count_missing', 'create_evaluation_loader', 'open_dataset']
+__all__ = [
+    'ReadableImages',
+    'count_common',
+    'count_missing',
+    'create_evaluation_loader',
+    'open_dataset',
+    'preprocessing',
+]
 
 _SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'}
 
@@ -49,17 +57,26 @@ class ReadableImages(Dataset):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its class, or raise what keeps it from being read."""
-        if not isinstance(self.dataset, ImageDataset):
-            image, target = self.dataset[index]
+        dataset, index = self._locate(index)
+        if not isinstance(dataset, ImageDataset):
+            image, target = dataset[index]
             return image.convert(self.mode), target
-        content, target, *_ = self.dataset.reader[index]
+        content, target, *_ = dataset.reader[index]
         with contextlib.closing(content):
             return Image.open(content).convert(self.mode), target
 
     def name(self, index: int) -> str:
         """Return the name of an image: its file where it has one."""
-        name = self.dataset.filename(index, absolute=True) if isinstance(self.dataset, ImageDataset) else None
+        dataset, place = self._locate(index)
+        name = dataset.filename(place, absolute=True) if isinstance(dataset, ImageDataset) else None
         return name or f'image {index}'
+
+    def _locate(self, index: int) -> tuple[Any, int]:
+        """Return the data set that reads an image itself, and its place there."""
+        dataset: Any = self.dataset
+        while isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, dataset.indices[index]
+        return dataset, index
 
 
 def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validation') -> Any:
@@ -86,13 +103,23 @@ def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validati
         raise ValueError(
             f'data set {dataset!r} cannot be opened from {data_dir!r} ({type(error).__name__}: {error}); '
             f'check --dataset, --data-dir and --split') from error
-    if not dataset and getattr(getattr(opened, 'reader', None), 'root', None) == data_dir:
+    if not dataset and data_dir and os.path.isdir(data_dir) and opened.reader.root == data_dir:
         # Where there is no such split, timm takes the whole folder, which may be all splits together.
-        inside = {entry.name for entry in os.scandir(data_dir) if entry.is_dir()} if os.path.isdir(data_dir) else set()
+        inside = {entry.name for entry in os.scandir(data_dir) if entry.is_dir()}
         if inside and inside <= _SPLITS:
             raise ValueError(
                 f'{data_dir!r} has no split {split!r}, but {", ".join(sorted(inside))}; choose one with --split')
     return opened
+
+
+def count_common(one: Any, other: Any) -> int:
+    """Return how many image files are in both of two data sets."""
+
+    def files(dataset: Any) -> set[str]:
+        names = dataset.filenames(absolute=True) if isinstance(dataset, ImageDataset) else []
+        return {os.path.realpath(name) for name in names if os.path.exists(name)}
+
+    return len(files(one) & files(other))
 
 
 def count_missing(dataset: Any, delivered: int, rank: int = 0, size: int = 1) -> int:
@@ -107,6 +134,19 @@ def count_missing(dataset: Any, delivered: int, rank: int = 0, size: int = 1) ->
     if not isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__'):
         return 0
     return max(0, len(range(rank, len(dataset), size)) - delivered)
+
+
+def preprocessing(model: Any) -> dict[str, Any]:
+    """Return how timm's ``validate.py`` prepares images for a model, in as many channels as the model has.
+
+    A model of one channel has ``pretrained_cfg`` of three where it was created with ``in_chans=1``.
+    """
+    config = resolve_data_config({}, model=model, use_test_size=True)
+    config['input_size'] = (model.in_chans, *config['input_size'][1:])
+    for key in ('mean', 'std'):
+        if len(config[key]) != model.in_chans:
+            config[key] = (statistics.fmean(config[key]),) * model.in_chans
+    return config
 
 
 def create_evaluation_loader(
@@ -131,7 +171,7 @@ def create_evaluation_loader(
         ValueError: If the data set has another number of classes than the model, or can't be shared out exactly.
     """
     _check_classes(dataset, model)
-    config = resolve_data_config({}, model=model, use_test_size=True)
+    config = preprocessing(model)
     if not isinstance(dataset, IterableDataset):
         dataset = ReadableImages(dataset, mode='RGB' if config['input_size'][0] == 3 else 'L')
     elif distributed:

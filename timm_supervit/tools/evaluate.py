@@ -125,8 +125,15 @@ def count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     return torch.stack(counts)
 
 
-def bad_images(target: Tensor, num_classes: int, dataset: Any, skip: bool) -> list[str]:
-    """Return the names of the images of a batch that could not be read, or raise what is wrong with them."""
+def bad_images(target: Tensor, num_classes: int, dataset: Any, skip: bool | None) -> list[str]:
+    """Return the names of the images of a batch that could not be read, or raise what is wrong with them.
+
+    Args:
+        target: Classes of the images, from ``create_evaluation_loader``.
+        num_classes: Classes of the model.
+        dataset: The data set.
+        skip: Whether to pass over unreadable images; None where no option can ask for that.
+    """
     faulty = target[(target < 0) | (target >= num_classes)].tolist()
     if faulty and not (isinstance(dataset, ReadableImages) and max(faulty) < 0):
         raise ValueError(f'class {max(faulty)} of an image is none of the {num_classes} classes of the model')
@@ -137,8 +144,8 @@ def bad_images(target: Tensor, num_classes: int, dataset: Any, skip: bool) -> li
             dataset.read(-1 - faulty[0])
         except Exception as error:
             reason = f' ({error})'
-        raise OSError(f'image {names[0]} cannot be read{reason}; mend or remove it, or pass over such images with '
-                      f'--skip-bad-images')
+        remedy = '' if skip is None else ', or pass over such images with --skip-bad-images'
+        raise OSError(f'image {names[0]} cannot be read{reason}; mend or remove it{remedy}')
     return names
 
 

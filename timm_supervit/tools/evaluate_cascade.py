@@ -89,6 +89,8 @@ def evaluate_cascade(
         'count': total,
         'shares': [round(100 * count / max(total, 1), 2) for count in stopped.tolist()],
         'batch_size': seconds[0][1] if seconds else 0,
+        'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
+        'runtime': 'eager',
         'latency_ms': median,
         'latency_p90_ms': p90,
         'latency_mean_ms': 1e3 * sum(duration for duration, _ in seconds) / max(sum(size for _, size in seconds), 1),
@@ -98,10 +100,13 @@ def evaluate_cascade(
 
 def count_calibration_images(path: str | os.PathLike, data_dir: str | None, dataset: str, split: str) -> int:
     """Return how many images of a data set a cascade was calibrated on, as its file says."""
-    info = json.loads(Path(path).read_text(encoding='utf-8')).get('calibration', {})
+    info = json.loads(Path(path).read_text(encoding='utf-8')).get('calibration')
+    if not isinstance(info, dict):
+        return 0
     folder = info.get('calibration_dir') or info.get('data_dir')
-    same = os.path.realpath(folder or '') == os.path.realpath(data_dir or '')
-    return info['calibration_images'] if same and (info['dataset'], info['split']) == (dataset, split) else 0
+    same = os.path.realpath(str(folder or '')) == os.path.realpath(data_dir or '')
+    known = info.get('calibration_images')
+    return known if same and (info.get('dataset'), info.get('split')) == (dataset, split) and known else 0
 
 
 def _now(device: torch.device) -> float:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
 from ..subnets import Subnet, format_size, size_2d
 from .class_names import class_names
+from .data import preprocessing
 from .elastic import ElasticNetwork, Requirement
 from .files import fill_folder
 from .fixed_subnet import FixedSubnet
@@ -106,6 +106,8 @@ def export_model(
         try:
             return [_export(network, folder, format, int8, progress) for network in progress(networks, 'Exporting')]
         except OSError as error:  # a full disk, above all
+            if error.errno is None:  # an image that cannot be read
+                raise
             message = f'{error.strerror or error}: {os.fspath(output_dir)} was not written to and is as it was'
             raise OSError(error.errno, message) from error
 
@@ -243,7 +245,7 @@ def _compare(network: Any, path: Path) -> dict[str, float]:
 
 def _describe(network: Any, format: str) -> dict[str, Any]:
     model = network.model
-    config = resolve_model_data_config(model)
+    config = preprocessing(model)
     largest = size_2d(model.img_sizes[-1])
     image = {'dtype': 'float32', 'shape': ['batch', model.in_chans, *largest]}
     inputs = {'image': image}

@@ -20,10 +20,10 @@ from timm.data.readers.reader import Reader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..cascade import Cascade, check_thresholds, probabilities, run_stages
+from ..cascade import Cascade, check_stages, check_thresholds, probabilities, read_cascade, run_stages
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
-from ..subnets import Size, Subnet, check_subnet
+from ..subnets import Subnet
 from .data import ReadableImages, create_evaluation_loader
 from .evaluate import check_finite
 from .files import check_output_folder
@@ -38,6 +38,7 @@ __all__ = [
     'open_images',
     'open_log',
     'predict',
+    'read_program_cascade',
     'run_cascade',
     'run_program_cascade',
     'run_subnet',
@@ -91,7 +92,7 @@ class _Part(Dataset):
         return self.images.read(self.places[index])[0], index
 
 
-def open_images(paths: Iterable[str | os.PathLike]) -> ImageDataset:
+def open_images(paths: Iterable[str | os.PathLike[str]]) -> ImageDataset:
     """Return a data set of files and of all images in folders and the folders in them, each image once.
 
     Args:
@@ -99,23 +100,44 @@ def open_images(paths: Iterable[str | os.PathLike]) -> ImageDataset:
 
     Raises:
         FileNotFoundError: If a folder holds no image, or there is no such path.
+        PermissionError: If a folder may not be read.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # by the real folder of a file, and its name there
     extensions = get_img_extensions(as_set=True)
-    for path in map(os.path.normpath, paths):
+    for path in (os.fspath(path) for path in paths):
         if not os.path.isdir(path):
             if not os.path.exists(path):
                 raise FileNotFoundError(f'{path} does not exist; give image files or folders of them')
-            found[path] = None
+            found.setdefault(_place(path), path)
             continue
-        inside = sorted(
-            os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names
-            if os.path.splitext(name)[1].lower() in extensions)
+        inside = sorted(name for name in _files_in(path) if os.path.splitext(name)[1].lower() in extensions)
         if not inside:
             raise FileNotFoundError(
                 f'the folder {path} holds no image ({", ".join(sorted(extensions))}); give another folder, or files')
-        found.update(dict.fromkeys(inside))
-    return ImageDataset('', reader=_Files(list(found)))
+        for name in inside:
+            found.setdefault(_place(name), name)
+    return ImageDataset('', reader=_Files(list(found.values())))
+
+
+def _place(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _files_in(folder: str) -> Iterator[str]:
+    """Yield the files in a folder and in those in it, links followed, each folder once."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        for name in folders.copy():
+            real = os.path.realpath(os.path.join(parent, name))
+            if real in seen:
+                folders.remove(name)
+            seen.add(real)
+        yield from (os.path.join(parent, name) for name in names)
 
 
 def run_subnet(network: Any, subnet: Subnet) -> Classifier:
@@ -126,25 +148,31 @@ def run_subnet(network: Any, subnet: Subnet) -> Classifier:
     return classify
 
 
-def run_program_cascade(
-        program: Program,
-        stages: Sequence[tuple[Size, float]],
-        thresholds: Sequence[float],
-) -> Classifier:
-    """Return a classifier that runs a cascade of an exported elastic file, in which each stage starts over.
+def read_program_cascade(program: Program, path: str | os.PathLike) -> tuple[tuple[Subnet, ...], tuple[float, ...]]:
+    """Return the stages and thresholds of a file of ``supervit cascade`` for an exported elastic file.
 
     Raises:
-        ValueError: If the file has no such subnet, or there are no such thresholds.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no cascade that the exported file can run.
     """
-    subnets = [check_subnet(stage, program.img_sizes) for stage in stages]
-    limits = check_thresholds(thresholds, len(subnets))
+    stages, thresholds = read_cascade(path, program.network)
+    costs = {subnet: program.macs(subnet) for subnet in program.subnets}
+    try:
+        checked = check_stages(stages, program.img_sizes, costs.get)
+        return checked, check_thresholds(thresholds, len(checked))
+    except ValueError as error:
+        raise ValueError(f'{os.fspath(path)}: {error}') from error
+
+
+def run_program_cascade(program: Program, stages: Sequence[Subnet], thresholds: Sequence[float]) -> Classifier:
+    """Return a classifier that runs a cascade of an exported elastic file, in which each stage starts over."""
 
     def run_stage(stage: int, images: Tensor, _: Any) -> Tensor:
-        return program(images, *subnets[stage]).to(images.device)
+        return program(images, *stages[stage]).to(images.device)
 
     def classify(images: Tensor) -> tuple[Tensor, Sequence[Subnet]]:
-        logits, exits = run_stages(images, limits, run_stage)
-        return logits, [subnets[stage] for stage in exits.tolist()]
+        logits, exits = run_stages(images, thresholds, run_stage)
+        return logits, [stages[stage] for stage in exits.tolist()]
 
     return classify
 
@@ -308,22 +336,26 @@ def open_log(path: Path, run: str, dataset: Any, share: Share) -> Iterator[Log]:
 
     Raises:
         OSError: If it cannot be written.
-        ValueError: If it holds anything else; it stays as it is.
+        ValueError: If it holds anything else, which stays as it is, or is no regular file.
     """
     check_output_folder(path.parent)
     is_stream = isinstance(dataset, IterableDataset)
     done, size, failed = 0, 0, []
     path.touch()
+    if not path.is_file():
+        raise ValueError(f'{path} is no file that can be read again to go on with; give another, or use --json')
     with open(path, 'rb') as lines:
         for line in lines:
-            if not line.endswith(b'\n'):
-                break
-            row, number = _parse(line), share.rank + done * share.size
+            number = share.rank + done * share.size
             name = _name(dataset, number) if is_stream or number < len(dataset) else ''
-            if (row.get('run'), row.get('index'), row.get('image')) != (run, number, name):
+            row, start = _parse(line), json.dumps({'index': number, 'image': name}).encode()[:-1]
+            is_torn = not line.endswith(b'\n') and (line.startswith(start) or start.startswith(line))
+            if not is_torn and (row.get('run'), row.get('index'), row.get('image')) != (run, number, name):
                 raise ValueError(
                     f'{path} holds other predictions from line {done + 1} on: of another network, subnet, --top, '
                     f'number of processes or collection of images; give another --output, or remove the file')
+            if is_torn:
+                break
             failed += [name] * ('error' in row)
             done, size = done + 1, size + len(line)
     # Unbuffered, so that nothing is left to be written when a full disk ends the run.

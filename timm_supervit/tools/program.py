@@ -22,7 +22,7 @@ FACTS = 'timm_supervit'  # under which name a file holds what it says about itse
 
 def is_program(path: str | os.PathLike) -> bool:
     """Return whether a path is an existing file that by its ending is an exported one."""
-    return Path(path).suffix in ('.onnx', '.pt2') and Path(path).is_file()
+    return Path(path).suffix.lower() in ('.onnx', '.pt2') and Path(path).is_file()
 
 
 def manifest_path(path: str | os.PathLike) -> Path:
@@ -45,10 +45,10 @@ def load_program(path: str | os.PathLike, device: torch.device | str = 'cpu') ->
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} is no file; give one that "supervit export" wrote, as in supervit_small.onnx')
-    if path.suffix not in ('.onnx', '.pt2'):
+    if path.suffix.lower() not in ('.onnx', '.pt2'):
         raise ValueError(f'{path} is no exported file by its ending; give one that ends in .onnx or .pt2')
     _check_sum(path)
-    kind: Any = _OnnxProgram if path.suffix == '.onnx' else _Pt2Program
+    kind: Any = _OnnxProgram if path.suffix.lower() == '.onnx' else _Pt2Program
     return kind(path, torch.device(device))
 
 
@@ -110,14 +110,21 @@ class Program:
         """Return the logits [B, num_classes] of images, as the model that was exported does.
 
         Args:
-            images: Normalized images [B, in_chans, H, W], float32; any size for an elastic file, else
+            images: Normalized images [B, in_chans, H, W]; any size for an elastic file, else
                 ``pretrained_cfg['input_size']``.
             img_size: Size of the subnet, one of ``img_sizes`` (default: that of ``subnet``).
             keep_rate: Keep rate of the subnet, in (0, 1] (default: that of ``subnet``).
 
         Raises:
-            ValueError: If the file has no such subnet.
+            TypeError: If the images are no tensor.
+            ValueError: If the file has no such subnet, or the images have another shape.
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(f'images are a {type(images).__name__}, and should be a tensor; use torch.as_tensor')
+        expected = ['B', *self.facts['inputs']['image']['shape'][1:]]
+        if images.ndim != 4 or any(
+                isinstance(side, int) and side != given for side, given in zip(expected, images.shape, strict=True)):
+            raise ValueError(f'images of shape {tuple(images.shape)} are no batch [{", ".join(map(str, expected))}]')
         subnet = Subnet(
             self.subnet.img_size if img_size is None else check_img_size(img_size),
             self.subnet.keep_rate if keep_rate is None else check_keep_rate(keep_rate))
@@ -125,7 +132,7 @@ class Program:
             sizes = ', '.join(map(format_size, self.img_sizes))
             raise ValueError(f'{self.path} has no subnet {subnet}; it runs '
                              + (f'the image sizes {sizes} at any keep rate' if self.is_elastic else f'{self.subnet}'))
-        return self._run(*self._inputs(images, subnet))
+        return self._run(*self._inputs(images.float(), subnet))
 
     def named_inputs(self, images: Tensor, subnet: Subnet) -> dict[str, Any]:
         """Return the inputs of a call by their names, as arrays, for runtimes that take them so."""

@@ -106,7 +106,8 @@ class _Reader:
         self.inputs = self._inputs(program, loader)
 
     def _inputs(self, program: Program, loader: Any) -> Iterator[dict[str, Any]]:
-        for images, _ in loader:
+        for images, target in loader:
+            bad_images(target.clamp(max=0), 1, loader.dataset, skip=None)  # whatever the classes are
             for subnet in program.subnets:
                 yield program.named_inputs(images, subnet)
 
@@ -151,7 +152,7 @@ def compare_programs(
         tracers = [_Tracer(model, path) for path in (float_path, int8_path)]
         correct, same, count = torch.zeros(2, len(subnets), dtype=torch.int64), torch.zeros(len(subnets)), 0
         for images, target in progress(loader, 'Comparing'):
-            bad_images(target, model.num_classes, loader.dataset, skip=False)
+            bad_images(target, model.num_classes, loader.dataset, skip=None)
             traces = [[tracer(images, subnet) for subnet in subnets] for tracer in tracers]
             correct += torch.stack([count_hits([logits for logits, _ in trace], target)[:, 0] for trace in traces])
             kept = zip(*([kept for _, kept in trace] for trace in traces), strict=True)

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import Tensor
 
 from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer, resize_images
 from ..subnets import Subnet, format_size
 from .class_names import class_names
+from .data import preprocessing
 from .evaluate import check_finite
 from .pictures import save_picture
 from .results import Results, column_of
@@ -62,7 +63,7 @@ def read_image(path: str | os.PathLike, model: SuperVisionTransformer) -> Tensor
     Raises:
         OSError: If there is no such file or it is no image; the message names it.
     """
-    transform: Any = create_transform(**resolve_model_data_config(model))
+    transform: Any = create_transform(**preprocessing(model))
     try:
         with Image.open(path) as image:
             return transform(image.convert('L' if model.in_chans == 1 else 'RGB'))
