@@ -44,7 +44,7 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
         own: set[str] = set()
         for row in results.rows:
             point = name_of(row)
-            if row.get('model') or any(str(row.get(key, value)) != str(value) for key, value in wanted.items()):
+            if row.get('model') or not all(_is(row.get(key, value), value) for key, value in wanted.items()):
                 continue
             known = merged.setdefault(point, {})
             clashing = [key for key in row if row[key] != known.get(key, row[key])]
@@ -65,6 +65,11 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
          'sources': {path: results.info for path, results in files.items()}},
         max((results.network for results in files.values()), key=lambda network: bool(network.get('weights'))),
     )
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    # What looks like a number on the command line may be the name of an image.
+    return value == wanted or str(value) == str(wanted)
 
 
 def _check_one_network(files: Mapping[str, Results]) -> None:
