@@ -382,38 +382,52 @@ def _sum_stopping(counts: np.ndarray, stage: int) -> np.ndarray:
 
 
 def _best(tables: Sequence[_Table], answers: Answers, budget: float) -> Point | None:
-    """Return the best cascade inside a budget; None if there is none."""
+    """Return the best cascade inside a budget; None if there is none.
+
+    The most accurate of thousands of cascades on some hundreds of images is so by luck. So of all that it is not
+    clearly ahead of, the one whose last stage is the surest of the true classes is taken, and a further stage only
+    where it clearly gains.
+    """
     best: Point | None = None
     quality = answers.truth.mean(axis=1)
     for num_stages in NUM_STAGES:
         candidates = [
             point for table in tables if len(table.stages) == num_stages
-            and (point := _best_of(table, budget, answers.num_images))]
+            for point in _best_of(table, budget, answers.num_images)]
         if not candidates:
             continue
-        point = max(candidates, key=lambda point: (point.accuracy, quality[point.stages[-1]], point.last))
+        top = max(candidates, key=lambda point: (point.accuracy, quality[point.stages[-1]], point.last))
+        level = [point for point in candidates if not _gains(top, point, answers)]
+        point = max(level, key=lambda point: (quality[point.stages[-1]], point.truth))
         if best is None or _gains(point, best, answers):
             best = point
     return best
 
 
-def _best_of(table: _Table, budget: float, num_images: int) -> Point | None:
+def _best_of(table: _Table, budget: float, num_images: int) -> list[Point]:
+    """Return the most accurate cascade inside a budget, and the one that lets most images come to the last stage."""
     fits = table.cost <= budget * (1 + 1e-12)
     if not fits.any():
-        return None
+        return []
     # Whole numbers of images: the sums are off in the last digits.
     accuracy = np.where(fits, np.round(table.accuracy * num_images) / num_images, -1)
-    place = int(np.where(accuracy == accuracy.max(), table.last, -1).argmax())
-    index = np.unravel_index(place, table.cost.shape)
-    return Point(
-        table.stages, tuple(float(values[i]) for values, i in zip(table.thresholds, index, strict=True)),
-        float(accuracy[index]), float(table.truth[index]), float(table.cost[index]), float(table.last[index]))
+    places = {int(np.where(accuracy == accuracy.max(), table.last, -1).argmax()),
+              int(np.where(fits, table.last, -1).argmax())}
+    points = []
+    for place in sorted(places):
+        index = np.unravel_index(place, table.cost.shape)
+        points.append(Point(
+            table.stages, tuple(float(values[i]) for values, i in zip(table.thresholds, index, strict=True)),
+            float(accuracy[index]), float(table.truth[index]), float(table.cost[index]), float(table.last[index])))
+    return points
 
 
 def _gains(point: Point, other: Point, answers: Answers) -> bool:
-    """Return whether a cascade is ahead of another by more than one standard error of the difference."""
+    """Return whether a cascade is ahead of another by more than two standard errors of the difference."""
+    if point.accuracy <= other.accuracy:
+        return False
     difference = _hits(point, answers)[0].astype(float) - _hits(other, answers)[0]
-    return bool(difference.mean() > difference.std() / math.sqrt(len(difference)))
+    return bool(difference.mean() > 2 * difference.std() / math.sqrt(len(difference)))
 
 
 def _single(answers: Answers, costs: Costs, subnet: int) -> Point:
