@@ -48,6 +48,8 @@ STAND_INS = {
     '--data-dir imagenet': '--data-dir output/digits',
     'photo.jpg': 'output/digits/validation/7/000.png',
     '--rounds 100': '--rounds 2',
+    ' --vs deit_tiny_patch16_224 --vs deit_small_patch16_224 --vs swin_tiny_patch4_window7_224 --vs pvt_v2_b2'
+    ' --vs tnt_s_patch16_224': ' --subnet 128:0.5 --rounds 2',  # seconds in the place of minutes
     '--latency-ms 10': '--latency-ms 1000',
 }
 
