@@ -133,11 +133,14 @@ def test_an_image_that_cannot_be_drawn_is_named(tmp_path, damage):
     ('hfds/mnist', 'datasets'), ('hfids/mnist', 'datasets'), ('tfds/mnist', 'tensorflow'), ('wds/mnist', 'webdataset')])
 def test_a_data_set_whose_package_is_missing_says_what_to_install(monkeypatch, dataset, module):
     monkeypatch.setitem(sys.modules, module, None)
-    for name in ('hfds', 'hfids', 'tfds', 'wds'):
-        monkeypatch.delitem(sys.modules, f'timm.data.readers.reader_{name}', raising=False)
+    readers = [f'timm.data.readers.reader_{name}' for name in ('hfds', 'hfids', 'tfds', 'wds')]
+    for name in readers:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     code, last = supervit('evaluate', 'supervit_digits', '--dataset', dataset, '--data-dir', '/')
     assert code == 1
     assert module in last and 'pip install' in last
+    for name in readers:  # which remember what was missing
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize('dataset', ['torch/unknown', 'torch/cifar10', 'other/x'])

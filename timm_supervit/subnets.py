@@ -124,7 +124,8 @@ def check_keep_rate(keep_rate: Any) -> float:
     Raises:
         ValueError: If it is not in (0, 1].
     """
-    keep_rate = plain_numbers(keep_rate)
+    if not isinstance(keep_rate, Real):  # first, since the compiler cannot ask its numbers for attributes
+        keep_rate = plain_numbers(keep_rate)
     if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or not 0 < float(keep_rate) <= 1:
         raise ValueError(f'keep_rate {keep_rate!r} is not in (0, 1]; 0.7 keeps 70 % of the tokens, 1.0 all of them')
     return float(keep_rate)
