@@ -18,8 +18,8 @@ pytest.importorskip('webdataset')
 NUM_IMAGES = 20
 
 
-def supervit(*arguments: Any, **env: Any) -> Any:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], env={k: str(v) for k, v in env.items()})
+def supervit(*arguments: Any) -> Any:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope='module')

@@ -103,10 +103,11 @@ def command(
                          f'that the images are split, or give other images')
     network = options.load_network(**model_options, name_classes=False)
     model = network.model.to(options.resolve_device(device))
+    known = fingerprint(model)
     costs = model_costs = mac_costs(model)
     if profile:
         measured = merge_results([profile], where)
-        other = difference(Results(network.name, [], {}, fingerprint(model)), measured)
+        other = difference(Results(network.name, [], {}, known), measured)
         if measured.network and other:
             raise ValueError(f'{profile} is of another network: {other}; profile this one')
         costs = latency_costs(model_costs, model.subnets, measured.rows)
@@ -127,7 +128,7 @@ def command(
         'calibration_images': calibration.num_images, 'report_images': report.num_images,
         'top1': 100 * found.chosen.accuracy, costs.key: found.chosen.cost}
     kind = {'weights_kind': network.weights_kind}
-    results = Results(network.name, found.front, info, fingerprint(model) | kind)
+    results = Results(network.name, found.front, info, known | kind)
     if output:
         with fill_folder(output) as folder:  # all of it or nothing
             save_cascade(folder / 'cascade.json', model, network.name, answers[0], found, info)

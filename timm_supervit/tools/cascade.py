@@ -397,8 +397,8 @@ def _best(tables: Sequence[_Table], answers: Answers, budget: float) -> Point | 
         if not candidates:
             continue
         top = max(candidates, key=lambda point: (point.accuracy, quality[point.stages[-1]], point.last))
-        level = [point for point in candidates if not _gains(top, point, answers)]
-        point = max(level, key=lambda point: (quality[point.stages[-1]], point.truth))
+        surest = sorted(candidates, key=lambda point: (quality[point.stages[-1]], point.truth), reverse=True)
+        point = next(point for point in surest if not _gains(top, point, answers))  # the top itself, if no other
         if best is None or _gains(point, best, answers):
             best = point
     return best

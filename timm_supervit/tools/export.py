@@ -225,11 +225,11 @@ def _compare(network: Any, path: Path) -> dict[str, float]:
     differences = {}
     for batch_size in BATCH_SIZES:
         differences[str(batch_size)] = 0.
+        draws = [_example_images(model, batch_size, seed) for seed in range(_NUM_DRAWS)]
         for subnet in subnets:
             # Where two patches score alike to the last digit, another order of sums keeps the other one; so an image
             # may differ, but what computes something else differs on any image.
-            for seed in range(_NUM_DRAWS):
-                images = _example_images(model, batch_size, seed)
+            for images in draws:
                 expected = model(images, img_size=subnet.img_size, keep_rate=subnet.keep_rate).cpu()
                 difference = (program(images, *subnet).cpu() - expected).abs().max().item()
                 limit = TOLERANCE * max(1., expected.abs().max().item())
