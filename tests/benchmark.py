@@ -25,9 +25,9 @@ from reference_lvvit import ReferenceLVViT
 from timm_supervit import Subnet, SuperVisionTransformer, SuperViTTask
 from timm_supervit.models.lvvit import ScaledResidualBlock, SuperLVViT
 from timm_supervit.models.token_keeping import TokenKeepingBlock
+from timm_supervit.programs.program import load_program
 from timm_supervit.subnets import format_size
-from timm_supervit.tools.export import Int8, export_model
-from timm_supervit.tools.program import load_program
+from timm_supervit.tools.export import export
 
 
 class KeepFirst:
@@ -182,7 +182,7 @@ def measure_elastic(args: argparse.Namespace) -> None:
     paths = {'elastic': folder / f'{args.model}.onnx', 'int8': folder / f'{args.model}-int8.onnx'}
     for name, path in paths.items():
         if not path.exists():
-            export_model(model, folder, 'onnx', int8=Int8() if name == 'int8' else None)
+            export(model, folder, 'onnx', quantize='int8' if name == 'int8' else None)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     for name, path in paths.items():
         print(f'{name}: {path.stat().st_size / weights:.3f} x the weights, session {session_memory(path):.0f} MiB')
@@ -192,7 +192,7 @@ def measure_elastic(args: argparse.Namespace) -> None:
     for subnet in model.subnets:
         path = folder / f'{args.model}-{format_size(subnet.img_size)}-{subnet.keep_rate}.onnx'
         if not path.exists():
-            export_model(model, folder, 'onnx', [subnet])
+            export(model, folder, 'onnx', [subnet])
         fixed = load_program(path)
         times = interleave({
             'elastic': lambda subnet=subnet: programs['elastic'](x, *subnet),
@@ -211,7 +211,7 @@ def measure_elastic(args: argparse.Namespace) -> None:
 def session_memory(path: Path) -> float:
     """Return the MiB by which a process grows when it loads a file and runs its largest subnet once."""
     code = (
-        'import sys, torch; from timm_supervit.tools.program import load_program\n'
+        'import sys, torch; from timm_supervit.programs.program import load_program\n'
         'import onnxruntime; torch.set_num_threads(1)\n'
         'rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20\n'
         'before = rss(); program = load_program(sys.argv[1])\n'

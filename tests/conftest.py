@@ -1,5 +1,7 @@
-"""What the tests share: a small network, its inputs, and the numbers of the official implementation."""
+"""What the tests share: a small network, its inputs, its exported files, and the official implementation's numbers."""
+import hashlib
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 
 GOLDEN = Path(__file__).parents[2] / 'shared' / 'golden'
@@ -16,6 +19,10 @@ GOLDEN = Path(__file__).parents[2] / 'shared' / 'golden'
 SMALL = dict(
     img_sizes=(32, 48, 64), keep_rates=(0.3, 0.6, 1.0), drop_layers=(1, 2),
     embed_dim=48, depth=4, num_heads=3, num_classes=10)
+# What takes seconds to export, so a block less that drops nothing; three sizes of 2 x 2 to 6 x 6 patches.
+TO_EXPORT = dict(
+    img_sizes=(8, 16, 24), keep_rates=(0.5, 1.0), drop_layers=(0, 1),
+    embed_dim=48, depth=2, num_heads=3, num_classes=10)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -51,6 +58,53 @@ def small_model() -> Callable[..., Any]:
         return model.eval()
 
     return create
+
+
+@pytest.fixture(scope='session')
+def model_to_export() -> Callable[..., Any]:
+    """Build the network of an ``exported`` file, of the same settings the same; its classes have names."""
+
+    def create(name: str = 'supervit_digits', **kwargs: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: Any = timm.create_model(name, **{**TO_EXPORT, **kwargs})
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.pretrained_cfg['label_names'] = [f'name {i}' for i in range(model.num_classes)]
+        return model.eval()
+
+    return create
+
+
+@pytest.fixture(scope='session')
+def exported(model_to_export: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Export the network of ``model_to_export``, once for all processes that run tests.
+
+    ``exported('onnx')`` returns the path of the elastic file, with its manifest beside it and nothing else.
+    ``subnet=`` makes it a fixed one, ``quantize='int8'`` an int8 one; what else is given are settings of the network.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder) / 'exported'
+    folder.mkdir(exist_ok=True)
+
+    def export_once(
+            format: str = 'onnx',
+            subnet: Any = None,
+            quantize: str | None = None,
+            **settings: Any,
+    ) -> Path:
+        from timm_supervit.tools.export import export
+
+        what = (format, subnet and tuple(subnet), quantize, sorted(settings.items()))
+        place = folder / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+        with FileLock(f'{place}.lock'):
+            if not any(place.glob(f'*.{format}')):
+                export(model_to_export(**settings), place, format, [subnet] if subnet else (), quantize=quantize)
+        path, = place.glob(f'*.{format}')
+        return path
+
+    return export_once
 
 
 @pytest.fixture

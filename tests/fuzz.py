@@ -29,7 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from timm_supervit.cli import main as supervit
-from timm_supervit.tools.checkpoints import read_checkpoint
+from timm_supervit.loading.checkpoints import read_checkpoint
 
 ROUNDING = dict(atol=1e-9, rtol=1e-7)  # float64
 
@@ -135,7 +135,8 @@ def routes(folder: Path) -> Iterator[tuple[str, Callable[[str], Any]]]:
         return run
 
     yield 'read_checkpoint', read_checkpoint
-    yield 'convert', command('convert', '{path}', '--model', 'supervit_digits', '--output', '{output}')
+    yield 'convert', command(
+        'convert', '{path}', '--model', 'supervit_digits', '--output', '{output}', '--overwrite')
     yield 'visualize', command(
         'visualize', 'supervit_digits', str(folder / 'image.png'), '--checkpoint', '{path}', '--output', '{output}')
     yield 'export', command(

@@ -1,8 +1,8 @@
 """A Hub on the loopback: as much of its HTTP interface as the real ``huggingface_hub`` client needs for models.
 
-It serves the files below a folder, ``ROOT/owner/name/file``, and stores what is pushed there: weights by the route of
-large files (Git LFS batches, with the Hub's own transfer in parts), other files in the commit itself. A client finds it
-by ``HF_ENDPOINT``, which it reads when it is imported:
+It serves the files below a folder, ``ROOT/owner/name/file``, and stores what timm pushes there: weights by the route of
+large files (Git LFS batches), other files in the commit itself. A client finds it by ``HF_ENDPOINT``, which it reads
+when it is imported:
 
     with serve(root) as url:
         subprocess.run(command, env=hub_environment(url, cache))
@@ -27,7 +27,7 @@ class HubHandler(BaseHTTPRequestHandler):
     """One request.
 
     ``server.root`` is the folder, ``server.requests`` the list of what was asked for, ``server.objects`` the large
-    files by their SHA-256, ``server.parts`` what has come of those that are larger than ``server.part_size`` bytes.
+    files by their SHA-256.
     """
 
     protocol_version = 'HTTP/1.1'
@@ -81,32 +81,18 @@ class HubHandler(BaseHTTPRequestHandler):
         return body
 
     def do_PUT(self) -> None:
-        self.server.requests.append((self.command, self.path))
-        oid, _, part = self.path.removeprefix('/lfs/').partition('/')
-        body = self.read_body()
-        if part:
-            self.server.parts.setdefault(oid, {})[int(part)] = body
-        else:
-            self.store(oid, body)
-        self.answer(200, ETag=f'"{hashlib.md5(body).hexdigest()}"')
-
-    def store(self, oid: str, content: bytes) -> None:
-        if hashlib.sha256(content).hexdigest() == oid:
-            self.server.objects[oid] = content
+        content = self.read_body()
+        if hashlib.sha256(content).hexdigest() == self.path.removeprefix('/lfs/'):
+            self.server.objects[self.path.removeprefix('/lfs/')] = content
+        self.answer(200)
 
     def upload_of(self, oid: str, size: int) -> dict[str, Any]:
         url = f'http://{self.headers["Host"]}/lfs/{oid}'
         if oid in self.server.objects:
             return {'oid': oid, 'size': size}
-        upload: dict[str, Any] = {'href': url}
-        if size > self.server.part_size:
-            parts = range(1, -(-size // self.server.part_size) + 1)
-            header = {'chunk_size': str(self.server.part_size), **{str(part): f'{url}/{part}' for part in parts}}
-            upload = {'href': f'{url}/complete', 'header': header}
-        return {'oid': oid, 'size': size, 'actions': {'upload': upload, 'verify': {'href': f'{url}/verify'}}}
+        return {'oid': oid, 'size': size, 'actions': {'upload': {'href': url}, 'verify': {'href': f'{url}/verify'}}}
 
     def do_POST(self) -> None:
-        self.server.requests.append((self.command, self.path))
         body = self.read_body().decode()
         if self.path == '/api/repos/create':
             request = json.loads(body)
@@ -124,10 +110,6 @@ class HubHandler(BaseHTTPRequestHandler):
         elif re.fullmatch(r'/[^/]+/[^/]+\.git/info/lfs/objects/batch', self.path):
             objects = [self.upload_of(item['oid'], item['size']) for item in json.loads(body)['objects']]
             self.answer_json({'transfer': 'basic', 'objects': objects})
-        elif match := re.fullmatch(r'/lfs/([0-9a-f]+)/complete', self.path):
-            received = self.server.parts.pop(match[1])
-            self.store(match[1], b''.join(received[part['partNumber']] for part in json.loads(body)['parts']))
-            self.answer_json({'success': True})
         elif match := re.fullmatch(r'/lfs/([0-9a-f]+)/verify', self.path):
             self.answer(200 if match[1] in self.server.objects else 404)
         elif match := re.fullmatch(r'/api/models/([^/]+/[^/]+)/commit/[^/?]+', self.path.partition('?')[0]):
@@ -144,17 +126,15 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(root: Path, requests: list[tuple[str, str]] | None = None, part_size: int = 2 ** 30) -> Iterator[str]:
+def serve(root: Path, requests: list[tuple[str, str]] | None = None) -> Iterator[str]:
     """Serve a folder as a Hub while the context lasts; yield its address.
 
     Args:
         root: Folder of ``owner/name/file``.
         requests: Takes the method and path of every request for a file.
-        part_size: Bytes above which a large file is sent in parts.
     """
     server: Any = ThreadingHTTPServer(('127.0.0.1', 0), HubHandler)
-    server.root, server.requests = root, requests if requests is not None else []
-    server.objects, server.parts, server.part_size = {}, {}, part_size
+    server.root, server.requests, server.objects = root, requests if requests is not None else [], {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

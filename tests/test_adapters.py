@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from processes import preload, run_ranks
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,7 +72,8 @@ def test_an_adapter_trained_on_two_processes_is_saved_loaded_and_merged(
     settings = dict(
         img_sizes=model.img_sizes, keep_rates=model.keep_rates, drop_layers=model.drop_layers, embed_dim=48, depth=4,
         num_heads=3, num_classes=10)
-    torch.multiprocessing.spawn(train_on_a_rank, (str(tmp_path), name, settings, start, images), nprocs=2)
+    preload('peft')
+    run_ranks(train_on_a_rank, str(tmp_path), name, settings, start, images)
 
     (first, base, logits), (second, *_) = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     torch.testing.assert_close(first, second, atol=0, rtol=0)

@@ -48,40 +48,62 @@ def kind_of(model: Any) -> Any:
     return type(model), stem, frozenset(modules), frozenset(parameters), model.global_pool, model.no_embed_class
 
 
+OUTLINE = dict(depth=1, weight_init='skip', device='meta')  # of a network, without its numbers
+VITS = timm.list_models(module=['vision_transformer', 'deit', 'vision_transformer_hybrid'])
+RESNETS = [name for name in VITS if re.search(r'_r\d+_|_resnet', name)]  # have one of full size for a stem
+
+
+def try_supervit(name: str) -> Any:
+    """Create a SuperViT on a model of timm, as an outline; return None where it is refused with a reason."""
+    try:
+        return supervit(name, **OUTLINE)
+    except ValueError as error:
+        assert f'backbone {name!r} cannot become a SuperViT: it' in str(error)
+
+
+@pytest.fixture(scope='module', params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=['', 'on ResNets'])
+def vits(request: pytest.FixtureRequest) -> list[str]:
+    return RESNETS if request.param else sorted({*VITS} - {*RESNETS})
+
+
 @pytest.fixture(scope='module')
-def kinds() -> dict[Any, list[str]]:
-    """Create a SuperViT on every model of timm, and sort those that can be by their kinds."""
+def kinds(vits: list[str]) -> dict[Any, list[str]]:
+    """Create a SuperViT on every ViT of timm, and sort those that can be by their kinds."""
     kinds = defaultdict(list)
-    for name in timm.list_models(exclude_filters='supervit*'):
-        settings = dict(depth=1, weight_init='skip', device='meta')
-        try:
-            model = supervit(name, **settings)
-        except ValueError as error:
-            assert f'backbone {name!r} cannot become a SuperViT: it' in str(error)
+    for name in vits:
+        model = try_supervit(name)
+        if model is None:
             continue
-        plain = timm.create_model(name, **settings)
+        plain = timm.create_model(name, **OUTLINE)
         assert shapes(model) == shapes(plain), name
         assert model.pos_embed_list[-1].shape == plain.pos_embed.shape, name
         kinds[kind_of(plain)].append(name)
     return kinds
 
 
-def test_every_vit_of_timm_becomes_a_supervit_of_the_same_weights_or_is_refused_with_reason(kinds):
+def test_every_vit_of_timm_becomes_a_supervit_of_the_same_weights_or_is_refused_with_reason(vits, kinds):
     print(f'\n{sum(map(len, kinds.values()))} names of {len(kinds)} kinds')
     accepted = {name for names in kinds.values() for name in names}
-    for name in timm.list_models(module=['vision_transformer', 'deit', 'vision_transformer_hybrid']):
+    for name in vits:
         if name not in accepted:
-            plain = timm.create_model(name, depth=1, weight_init='skip', device='meta')
+            plain = timm.create_model(name, **OUTLINE)
             block = plain.blocks[0]
             assert not (
                 isinstance(plain, VisionTransformer) and plain.has_class_token and plain.pos_embed is not None
                 and type(block) is Block and type(block.attn) is Attention), name
-    assert len(accepted) > 100
+    assert len(accepted) > (10 if vits is RESNETS else 90)
+
+
+def test_no_other_model_of_timm_becomes_a_supervit():
+    others = {name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith('timm.')}
+    others -= {*VITS}
+    assert len(others) > 1000
+    assert [name for name in others if try_supervit(name) is not None] == []
 
 
 def small_settings(name: str) -> tuple[dict[str, Any], int]:
     """Return settings that make a backbone small, and the side of what it makes one patch of, in pixels."""
-    plain = timm.create_model(name, depth=1, weight_init='skip', device='meta')
+    plain = timm.create_model(name, **OUTLINE)
     settings = dict(depth=3, num_classes=10)
     if isinstance(plain.patch_embed.proj, nn.Conv2d):  # else the stem makes the tokens
         settings |= dict(embed_dim=32, num_heads=2)

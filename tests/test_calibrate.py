@@ -1,6 +1,8 @@
 """Calibrating a cascade: against brute force, on images that it has not seen, and honest where there is no gain."""
 import itertools
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,29 @@ from PIL import Image
 
 from timm_supervit import Cascade
 from timm_supervit.cli import main
-from timm_supervit.fingerprint import fingerprint
+from timm_supervit.images.datasets import Images, create_evaluation_loader, open_dataset
+from timm_supervit.programs.program import load_program
+from timm_supervit.results.fingerprint import fingerprint
+from timm_supervit.results.rows import Results, load_results, save_results
 from timm_supervit.tools import cascade as tool
-from timm_supervit.tools.cascade import Answers, Costs, calibrate, latency_costs, mac_costs, split_answers
-from timm_supervit.tools.evaluate_cascade import count_calibration_images
-from timm_supervit.tools.results import Results, load_results, save_results
+from timm_supervit.tools.cascade import (
+    Answers,
+    Costs,
+    calibrate,
+    collect_answers,
+    latency_costs,
+    mac_costs,
+    search,
+    split_answers,
+)
+from timm_supervit.tools.evaluate import evaluate_cascade
 
-SETTINGS = ['img_sizes=12,24', 'keep_rates=0.5,1.0', 'num_classes=3']
+SETTINGS: dict[str, Any] = dict(img_sizes=(12, 24), keep_rates=(0.5, 1.0), drop_layers=(1,), depth=3, num_classes=3)
 
 
 @pytest.fixture(scope='module')
 def model() -> Any:
-    return timm.create_model('supervit_digits', img_sizes=(12, 24), keep_rates=(0.5, 1.0), num_classes=3).eval()
+    return timm.create_model('supervit_digits', **SETTINGS).eval()
 
 
 def make_answers(model: Any, num_images: int = 400, seed: int = 0, informed: bool = True) -> Answers:
@@ -38,31 +51,48 @@ def make_answers(model: Any, num_images: int = 400, seed: int = 0, informed: boo
     return Answers(model.subnets, confidence, np.where(correct, confidence, 0.3), correct)
 
 
-def simulate(answers: Answers, costs: Costs, stages: Any, thresholds: Any) -> tuple[float, float]:
-    """Send the images through one by one; return the share that it is right on, and the mean cost."""
-    right = spent = 0.
+def simulate(answers: Answers, costs: Costs, stages: Any, thresholds: Any) -> tuple[np.ndarray, float]:
+    """Send the images through one by one; return whether it is right on each, and the mean cost."""
+    right, spent = [], 0.
     for image in range(answers.num_images):
         for i, stage in enumerate(stages):
             spent += costs.own[stage] - max([costs.saved[stage, earlier] for earlier in stages[:i]], default=0)
             if i == len(stages) - 1 or answers.confidence[stage, image] >= thresholds[i]:
-                right += answers.correct[stage, image]
+                right.append(answers.correct[stage, image])
                 break
-    return right / answers.num_images, spent / answers.num_images
+    return np.array(right, dtype=float), spent / answers.num_images
 
 
-def test_tables_hold_what_each_cascade_reaches(model: Any) -> None:
-    answers, costs = make_answers(model, 60), mac_costs(model)
-    tables = list(tool._tabulate(answers, costs, costs))
-    expected = [stages for number in (2, 3, 4) for stages in itertools.combinations(range(4), number)]
-    assert [table.stages for table in tables] == expected
-    generator = np.random.default_rng(1)
-    for table in tables:
-        for _ in range(3):
-            index = tuple(generator.integers(size) for size in table.cost.shape)
-            thresholds = [values[i] for values, i in zip(table.thresholds, index, strict=True)]
-            accuracy, cost = simulate(answers, costs, table.stages, thresholds)
-            assert table.accuracy[index] == pytest.approx(accuracy)
-            assert table.cost[index] == pytest.approx(cost)
+@pytest.mark.parametrize('seed', range(3))
+def test_the_search_knows_what_its_cascades_reach(model: Any, seed: int) -> None:
+    answers, costs = make_answers(model, 60, seed), mac_costs(model)
+    points = set()
+    for share in (0.25, 0.4, 0.6, 0.8):
+        chosen, front = search(answers, 60, costs, costs, budget=share * costs.own[-1])
+        points |= {chosen, *front}
+    assert len({point.stages for point in points}) > 2
+    for point in points:
+        right, cost = simulate(answers, costs, point.stages, point.thresholds)
+        assert (point.accuracy, point.cost) == (pytest.approx(right.mean()), pytest.approx(cost))
+
+
+@pytest.mark.parametrize('share', [0.35, 0.7])
+def test_no_cascade_inside_the_budget_is_clearly_better_than_the_one_that_is_found(model: Any, share: float) -> None:
+    answers, costs = make_answers(model), mac_costs(model)
+    found, _ = search(answers, 400, costs, costs, budget=share * costs.own[-1])
+    best, cost = simulate(answers, costs, found.stages, found.thresholds)
+    assert cost <= share * costs.own[-1]
+    num_tried = 0
+    for stages in [stages for number in (2, 3, 4) for stages in itertools.combinations(range(4), number)]:
+        quantiles = (0.1, 0.3, 0.5, 0.7, 0.9) if len(stages) < 4 else (0.2, 0.5, 0.8)
+        for shares in itertools.product(quantiles, repeat=len(stages) - 1):
+            thresholds = [np.quantile(answers.confidence[stage], q) for stage, q in zip(stages, shares, strict=False)]
+            right, cost = simulate(answers, costs, stages, thresholds)
+            if cost <= share * costs.own[-1]:
+                difference = right - best
+                assert difference.mean() <= 2 * difference.std() / len(right) ** 0.5, (stages, thresholds)
+                num_tried += 1
+    assert num_tried > 20
 
 
 def test_costs_are_those_of_the_cascade(model: Any) -> None:
@@ -72,42 +102,58 @@ def test_costs_are_those_of_the_cascade(model: Any) -> None:
         assert costs.totals(stages).tolist() == cascade.macs
 
 
+@pytest.fixture
+def _given_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``calibrate`` take answers in the place of images."""
+    monkeypatch.setattr(tool, 'collect_answers', lambda model, images, *_: images.dataset)
+
+
+@pytest.mark.usefixtures('_given_answers')
 def test_a_gain_is_found_inside_the_budget_and_reported_on_other_images(model: Any) -> None:
     costs = mac_costs(model)
     calibration, report = split_answers(make_answers(model), 0.5, seed=1)
     budget = 0.5 * costs.own[-1]
-    found = calibrate(calibration, report, costs, costs, budget=budget)
-    assert found.chosen.cost <= budget
+    found = calibrate(model, report, calibration_images=calibration, macs=budget)
+    stages = [model.subnets.index(stage) for stage in found.cascade.stages]
+    right, cost = simulate(calibration, costs, stages, found.cascade.thresholds)
+    assert cost <= budget
+    assert (found.results.info['top1'], found.results.info['macs']) == (
+        pytest.approx(100 * right.mean()), pytest.approx(cost))
     affordable = [accuracy for accuracy, cost in zip(report.correct.mean(1), costs.own, strict=True) if cost <= budget]
     assert found.row['top1'] > 100 * max(affordable) + 5
     assert found.comparison.is_significant
-    accuracy, cost = simulate(report, costs, found.chosen.stages, found.chosen.thresholds)
-    assert (found.row['top1'], found.row['macs']) == (pytest.approx(100 * accuracy), pytest.approx(cost))
+    right, cost = simulate(report, costs, stages, found.cascade.thresholds)
+    assert (found.row['top1'], found.row['macs']) == (pytest.approx(100 * right.mean()), pytest.approx(cost))
+    full = report.correct[-1]
+    assert (found.full['correct1'], found.only_one_right) == (full.sum(), ((right > full).sum(), (right < full).sum()))
     # What the report images are has no say in what is chosen.
-    other = report._replace(correct=~report.correct)
-    assert calibrate(calibration, other, costs, costs, budget=budget).chosen == found.chosen
+    other = calibrate(
+        model, report._replace(correct=~report.correct), calibration_images=calibration, macs=budget).cascade
+    assert (other.stages, other.thresholds) == (found.cascade.stages, found.cascade.thresholds)
 
 
+@pytest.mark.usefixtures('_given_answers')
 def test_no_gain_is_called_so_where_confidence_says_nothing(model: Any) -> None:
-    costs = mac_costs(model)
-    verdicts = []
-    for seed in range(6):
-        calibration, report = split_answers(make_answers(model, seed=seed, informed=False), 0.5, seed)
-        verdicts.append(calibrate(calibration, report, costs, costs).comparison.is_significant)
+    verdicts = [
+        calibrate(model, make_answers(model, seed=seed, informed=False), seed=seed).comparison.is_significant
+        for seed in range(6)]
     assert not any(verdicts)
 
 
 def test_a_goal_chooses_the_cheapest_that_reaches_it(model: Any) -> None:
     costs = mac_costs(model)
     calibration, report = split_answers(make_answers(model), 0.5)
-    low, high = (calibrate(calibration, report, costs, costs, accuracy=goal).chosen for goal in (80, 90))
+
+    def chosen(**goal: Any) -> Any:
+        return search(calibration, report.num_images, costs, costs, **goal)[0]
+
+    low, high = chosen(accuracy=80), chosen(accuracy=90)
     assert low.accuracy >= 0.8 and high.accuracy >= 0.9 and low.cost < high.cost
-    default = calibrate(calibration, report, costs, costs).chosen
-    assert default.accuracy >= calibration.correct[-1].mean()
-    with pytest.raises(ValueError, match=r'no cascade is right on 99.9 % of the calibration images; the best is on'):
-        calibrate(calibration, report, costs, costs, accuracy=99.9)
-    with pytest.raises(ValueError, match='no cascade has a mean macs of at most 1; the cheapest has'):
-        calibrate(calibration, report, costs, costs, budget=1)
+    assert chosen().accuracy >= calibration.correct[-1].mean()
+    with pytest.raises(ValueError, match=r'right on 99.9 % of the calibration images; the best is on'):
+        chosen(accuracy=99.9)
+    with pytest.raises(ValueError, match='a mean macs of at most 1; the cheapest has'):
+        chosen(budget=1)
 
 
 def test_the_parts_of_a_split_share_no_image_and_repeat_with_the_seed() -> None:
@@ -171,14 +217,15 @@ def folder(tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope='module')
 def given(checkpoint: Path, folder: Path) -> list[Any]:
-    return ['supervit_digits', '--checkpoint', checkpoint, '--model-kwargs', *SETTINGS, '--data-dir', folder,
-            '-j', 0, '--device', 'cpu']
+    return ['supervit_digits', '--checkpoint', checkpoint,
+            '--model-kwargs', *(f'{key}={value}' for key, value in SETTINGS.items()),
+            '--data-dir', folder, '-j', 0, '--device', 'cpu']
 
 
 @pytest.fixture(scope='module')
-def output(given: list[Any], tmp_path_factory: Any) -> tuple[Path, Any]:
+def output(given: list[Any], model: Any, tmp_path_factory: Any) -> tuple[Path, Any]:
     output = tmp_path_factory.mktemp('cascade')
-    return output, supervit('cascade', *given, '--macs', 5e6, '--output', output)
+    return output, supervit('cascade', *given, '--macs', 0.7 * model.macs((24, 1.0)), '--output', output)
 
 
 def test_the_command_writes_a_cascade_that_evaluates_to_what_it_expects(
@@ -235,7 +282,8 @@ def test_a_profile_of_another_network_int8_or_larger_batches_gives_no_other_budg
             for i, subnet in enumerate(model.subnets)]
 
     def run(rows: list[Any], **network: Any) -> Any:
-        path = save_results(Results('x', rows, {}, fingerprint(model, weights=False) | network), tmp_path, 'other')[0]
+        results = Results('x', rows, {}, fingerprint(model, weights=False) | network)
+        path = tmp_path / save_results(results, tmp_path, 'other')
         return supervit('cascade', *given, '--latency-ms', 25, '--profile', path, '--json')
 
     expected = run(rows)
@@ -251,17 +299,20 @@ def test_where_without_a_profile_is_refused(given: list[Any]) -> None:
     assert supervit('cascade', *given, '--where', 'batchsize=1').exit_code == 2
 
 
-@pytest.mark.parametrize('calibration', [None, 'x', {'data_dir': 'x'}, {}])
-def test_what_a_cascade_was_calibrated_on_may_be_unknown(tmp_path: Path, calibration: Any) -> None:
-    path = tmp_path / 'cascade.json'
-    path.write_text(json.dumps({'calibration': calibration}))
-    assert count_calibration_images(path, 'x', '', 'validation') == 0
+@pytest.mark.parametrize('calibration', [None, 'x', {'data_dir': 'here'}, {}])
+def test_what_a_cascade_was_calibrated_on_may_be_unknown(model: Any, tmp_path: Path, calibration: Any) -> None:
+    path, images = tmp_path / 'cascade.json', Images([(Image.new('RGB', (24, 24)), 0)], 'here', '', 'validation')
+    path.write_text(json.dumps({
+        'stages': [[12, 0.5], [24, 1.0]], 'thresholds': [0.5], 'network': fingerprint(model),
+        'calibration': calibration}))
+    results = evaluate_cascade(Cascade.load(model, path), images, workers=0)
+    assert (results.info['calibration_images'], results.rows[0]['count']) == (0, 1)
 
 
 def test_a_profile_gives_the_budget_in_time(given: list[Any], model: Any, tmp_path: Path) -> None:
     rows = [dict(subnet._asdict(), macs=model.macs(subnet), latency_ms=10. * i + 10, batch_size=1)
             for i, subnet in enumerate(model.subnets)]
-    path = save_results(Results('supervit_digits', rows), tmp_path, 'profile')[0]
+    path = tmp_path / save_results(Results('supervit_digits', rows), tmp_path, 'profile')
     result = supervit('cascade', *given, '--latency-ms', 25, '--profile', path)
     assert result.exit_code == 0, result.output
     assert 'latency, median [ms]' in result.stdout
@@ -299,12 +350,58 @@ def test_a_folder_of_no_or_one_image_calibrates_nothing(given: list[Any], folder
 
 
 def test_a_cascade_of_another_network_is_refused(given: list[Any], output: tuple[Path, Any], tmp_path: Path) -> None:
-    arguments = [item for item in given if item != 'img_sizes=12,24' and '--checkpoint' not in str(item)]
-    checkpoint = tmp_path / 'other.pth'
-    torch.save(timm.create_model('supervit_digits', img_sizes=(12, 16), num_classes=3).state_dict(), checkpoint)
-    arguments = ['supervit_digits', '--checkpoint', checkpoint, '--model-kwargs', 'img_sizes=12,16', *SETTINGS[1:],
-                 *given[given.index('--data-dir'):]]
-    result = supervit('evaluate', *arguments, '--cascade', output[0] / 'cascade.json')
-    assert result.exit_code == 1 and 'is a cascade of another network: its img_sizes is [12, 24]' in result.stderr
+    model: Any = timm.create_model('supervit_digits', **{**SETTINGS, 'img_sizes': (12, 16)})
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    network = [f'local-dir:{tmp_path}', *given[given.index('--data-dir'):]]
+    result = supervit('evaluate', *network, '--cascade', output[0] / 'cascade.json')
+    assert result.exit_code == 1 and 'another network: its img_sizes is [12, 24]' in result.stderr
     result = supervit('evaluate', *given, '--cascade', output[0] / 'cascade.json', '--subnet', '12:0.5')
     assert result.exit_code == 2 and 'exclude each other' in result.stderr
+
+
+# Exported files
+
+
+@pytest.fixture(scope='module')
+def photographs(model_to_export: Callable[..., Any], tmp_path_factory: Any) -> Path:
+    """Images of which the full network is right on most."""
+    model, folder = model_to_export(), tmp_path_factory.mktemp('photographs')
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 24, 24, 3), np.uint8)
+    loader = create_evaluation_loader([(Image.fromarray(image), 0) for image in pixels], model, num_workers=0)
+    with torch.no_grad():
+        classes = torch.cat([model(images).argmax(1) for images, _ in loader]).tolist()
+    classes[:10] = range(10)  # a folder for each class, whether it is right there or not
+    for i, image in enumerate(pixels):
+        (folder / f'{classes[i]}').mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f'{classes[i]}' / f'{i}.png')
+    return folder
+
+
+@pytest.mark.parametrize('format', ['onnx', 'pt2'])
+def test_an_exported_file_gets_the_cascade_of_its_model_but_that_no_stage_goes_on(
+        exported: Callable[..., Path],
+        model_to_export: Callable[..., Any],
+        photographs: Path,
+        tmp_path: Path,
+        format: str,
+) -> None:
+    model, path = model_to_export(), exported(format)
+    own = mac_costs(model).own
+    budget = 0.7 * own[-1]
+    result = supervit('cascade', path, '--data-dir', photographs, '-j', 0, '--macs', budget, '--output', tmp_path)
+    assert result.exit_code == 0, result.output
+    calibration, report = split_answers(collect_answers(model, open_dataset(str(photographs)), workers=0), 0.5, 0)
+    costs = Costs('macs', own, np.zeros((len(own), len(own))))
+    chosen, front = search(calibration, report.num_images, costs, costs, budget=budget)
+    content = json.loads((tmp_path / 'cascade.json').read_text())
+    assert content['stages'] == [list(model.subnets[i]) for i in chosen.stages]
+    assert content['thresholds'] == pytest.approx(list(chosen.thresholds), abs=1e-5)
+    assert content['expected']['macs_of_stages'] == np.cumsum(own[list(chosen.stages)]).tolist()
+    right, cost = simulate(report, costs, chosen.stages, chosen.thresholds)
+    assert (content['expected']['correct1'], content['expected']['macs']) == (right.sum(), pytest.approx(cost))
+    rows = load_results(tmp_path / 'cascade-front.json').rows
+    assert [row['cascade'].count('(') for row in rows] == [len(point.thresholds) for point in front]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # it is of the weights of both
+        cascades = [Cascade.load(network, tmp_path / 'cascade.json') for network in (model, load_program(path))]
+    assert cascades[0].macs[-1] < cascades[1].macs[-1] == content['expected']['macs_of_stages'][-1]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from comparing import ROUNDING
 from parity import import_fully_shard
+from processes import run_ranks
 from timm.layers import set_fused_attn
 from timm.task import ClassificationTask
 from timm.utils import AttentionExtract
@@ -320,7 +321,7 @@ def test_sharded_blocks_train_and_run_several_subnets(small_model: Any, images: 
     settings = dict(
         img_sizes=model.img_sizes, keep_rates=model.keep_rates, drop_layers=model.drop_layers, embed_dim=48, depth=4,
         num_heads=3, num_classes=10)
-    torch.multiprocessing.spawn(shard_and_train, (str(tmp_path), model.state_dict(), settings), nprocs=2)
+    run_ranks(shard_and_train, str(tmp_path), model.state_dict(), settings)
     expected = torch.stack(model.forward_subnets(images, [(64, 1.0), (64, 0.3), (48, 0.6)])).detach()
     task = ClassificationTask(model.train(), nn.CrossEntropyLoss(), verbose=False)
     task.draws.seed(0)

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_supervit import Cascade
-from timm_supervit.cascade import run_stages
-from timm_supervit.fingerprint import fingerprint
+from timm_supervit import Cascade, Subnet
+from timm_supervit.results.fingerprint import fingerprint
 from timm_supervit.subnets import sort_sizes
 
 BACKBONES = ['supervit_tiny', 'supervit_lvvit_small']
@@ -99,7 +98,7 @@ def test_what_stages_share_is_computed_and_counted_once(small_model: Any, images
 def test_stages_that_keep_as_many_for_a_while_part_where_they_differ(small_model: Any, batch: Tensor) -> None:
     model = small_model(img_sizes=(96,))
     stages = [(96, 0.52), (96, 0.54), (96, 0.6)]  # of 36 patches they keep 20, 20, 23, then 11, 12, 15
-    assert [model._schedule(model.subnets[0]._replace(keep_rate=rate)) for _, rate in stages] == [
+    assert [model.schedule(Subnet(*stage)) for stage in stages] == [
         {1: 20, 2: 11}, {1: 20, 2: 12}, {1: 23, 2: 15}]
     cascade = make_cascade(model, stages, batch)
     logits, exits = cascade(batch, return_exits=True)
@@ -109,9 +108,46 @@ def test_stages_that_keep_as_many_for_a_while_part_where_they_differ(small_model
     assert cascade.macs[2] == cascade.macs[1] + model.macs(stages[2]) - model.macs(stages[0], before=1)
 
 
-def test_logits_that_are_no_numbers_are_never_sure_and_come_back(batch: Tensor) -> None:
-    logits, exits = run_stages(batch, [0.5, 0.6], lambda stage, images, _: images.new_full((len(images), 3), torch.nan))
+@torch.no_grad()
+def test_logits_that_are_no_numbers_are_never_sure_and_come_back(small_model: Any, batch: Tensor) -> None:
+    cascade = Cascade(small_model(), STAGES['several sizes'], [1e-9, 1e-9])
+    assert cascade(batch, return_exits=True)[1].tolist() == [0] * len(batch)
+    cascade.model.head.bias.fill_(torch.nan)
+    logits, exits = cascade(batch, return_exits=True)
     assert logits.isnan().all() and exits.tolist() == [2] * len(batch)
+
+
+@pytest.mark.parametrize('kind', STAGES)
+@torch.no_grad()
+def test_as_a_runner_of_subnets_it_gives_all_images_the_logits_of_one_stage(
+        small_model: Any, batch: Tensor, kind: str) -> None:
+    model = small_model(img_sizes=sizes_of(kind))
+    cascade = make_cascade(model, STAGES[kind], batch)
+    assert (cascade.subnets, cascade.subnet) == (list(cascade.stages), cascade.stages[-1])
+    expected = [model(batch, img_size=img_size, keep_rate=keep_rate) for img_size, keep_rate in cascade.stages]
+    for i, ((img_size, keep_rate), logits) in enumerate(zip(cascade.stages, expected, strict=True)):
+        at_stage, exits = cascade(batch, return_exits=True, img_size=img_size, keep_rate=keep_rate)
+        torch.testing.assert_close(at_stage, logits, atol=1e-6, rtol=1e-6)
+        assert exits.tolist() == [i] * len(batch)
+    for logits, other in zip(cascade.forward_subnets(batch, cascade.subnets), expected, strict=True):
+        torch.testing.assert_close(logits, other, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match=f'is no stage .* it has {cascade.stages[0]}, '):
+        cascade(batch, img_size=64, keep_rate=0.9)
+
+
+@torch.no_grad()
+def test_its_subnets_cost_all_stages_up_to_them(small_model: Any, images: Tensor) -> None:
+    model = small_model()
+    cascade = Cascade(model, sorted(STAGES['past another size'], key=model.macs), [0.5] * 3)
+    assert list(cascade.subnet_macs().values()) == cascade.macs
+    for stage, macs in cascade.subnet_macs().items():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            cascade(images[:1], img_size=stage.img_size, keep_rate=stage.keep_rate)
+        assert counter.get_total_flops() // 2 == macs
+    last = cascade.stages[-1]
+    assert cascade.subnet_macs([tuple(last)]) == {last: cascade.macs[-1]}
+    with pytest.raises(ValueError, match=r'is no stage .* it has 32:1, 48:0.3,'):
+        cascade.subnet_macs([(64, 0.5)])
 
 
 @torch.no_grad()

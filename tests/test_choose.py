@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from timm_supervit.cli import main
-from timm_supervit.tools.choose import best_subnet, merge_results, pareto_front
-from timm_supervit.tools.results import Results, name_of, save_results
+from timm_supervit.results.rows import Results, name_of, save_results
+from timm_supervit.tools.choose import best_subnet, front_of, merge_results
 
 NETWORK = {'architecture': 'supervit_small', 'img_sizes': [128, 224]}
 
@@ -19,7 +19,7 @@ def supervit(*arguments: Any) -> Any:
 
 
 def save(folder: Path, name: str, rows: list[Any], model: str = 'small', **network: Any) -> Path:
-    return save_results(Results(model, rows, {}, NETWORK | network), folder, name)[0]
+    return folder / save_results(Results(model, rows, {}, NETWORK | network), folder, name)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_cascades_and_int8_subnets_are_points_of_their_own(files: list[Path]) ->
     assert name_of(best_subnet(rows, latency_ms=16)) == '128:0.5 (0.9) 224:1'
     assert name_of(best_subnet(rows, latency_ms=14)) == '224:0.5 int8'
     assert name_of(best_subnet(rows, macs=3e9)) == '128:0.5 (0.9) 224:1'
-    assert [name_of(row) for row in pareto_front(rows, 'latency_ms')] == [
+    assert [name_of(row) for row in front_of(rows, 'latency_ms')] == [
         '128:0.5 int8', '128:0.5', '224:0.5 int8', '128:0.5 (0.9) 224:1', '224:1']
 
 
@@ -52,7 +52,7 @@ def test_a_budget_of_the_slowest_tenth_is_another_than_of_the_median(files: list
     rows = merge_results(files[:2]).rows
     assert name_of(best_subnet(rows, latency_ms=30)) == '224:0.5'
     assert name_of(best_subnet(rows, latency_p90_ms=46)) == '224:1'
-    with pytest.raises(ValueError, match=r'no subnet has latency, p90 at most 5.00 ms; the nearest is 128:0.5 with'):
+    with pytest.raises(ValueError, match=r'latency, p90 at most 5.00 ms; the nearest is 128:0.5 with'):
         best_subnet(rows, latency_p90_ms=5)
 
 
@@ -64,17 +64,17 @@ def test_no_budget_is_shown_as_zero(files: list[Path]) -> None:
 def test_a_setting_is_found_by_its_text(tmp_path: Path) -> None:
     row = dict(img_size=128, keep_rate=0.5, macs=1, top1=70.)
     path = save(tmp_path, 'pictures', [row | {'image': name} for name in ('270', '050')])
-    with pytest.raises(ValueError, match=r'in several settings; choose: image=270 or 050'):
+    with pytest.raises(ValueError, match=r'choose: image=270 or 050'):
         merge_results([path])
     for value in (270, '050'):
         assert [row['image'] for row in merge_results([path], {'image': value}).rows] == [str(value)]
-    with pytest.raises(ValueError, match=r'holds no subnet with image=7; leave it out, or take another setting'):
+    with pytest.raises(ValueError, match=r'image=7; .* another setting'):
         merge_results([path], {'image': 7})
 
 
 def test_a_cascade_measured_twice_is_named(files: list[Path], tmp_path: Path) -> None:
     other = save(tmp_path, 'again', [{'cascade': '128:0.5 (0.9) 224:1', 'top1': 79.0}])
-    with pytest.raises(ValueError, match=r'cascade 128:0.5 \(0.9\) 224:1 is measured twice, top1 79.8 and 79.0'):
+    with pytest.raises(ValueError, match=r'128:0.5 \(0.9\) 224:1 is measured twice, top1 79.8 and 79.0'):
         merge_results([files[3], other])
 
 
@@ -110,7 +110,7 @@ def test_costs_of_other_settings_do_not_compare(files: list[Path], tmp_path: Pat
     rows = merge_results([*files[:2], save(tmp_path, 'batch', batch)]).rows
     for row in rows:
         row.setdefault('batch_size', 1)
-    for call in (lambda: best_subnet(rows, latency_ms=20), lambda: pareto_front(rows, 'latency_ms')):
-        with pytest.raises(ValueError, match=r'latency, median is of batch_size=1 and batch_size=256, which do not'):
+    for call in (lambda: best_subnet(rows, latency_ms=20), lambda: front_of(rows, 'latency_ms')):
+        with pytest.raises(ValueError, match=r'batch_size=1 and batch_size=256.*--where'):
             call()
-    assert best_subnet(rows, macs=5e9) and pareto_front(rows, 'macs')
+    assert best_subnet(rows, macs=5e9) and front_of(rows, 'macs')

@@ -2,34 +2,38 @@
 import json
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_supervit import Cascade
-from timm_supervit.tools.export import export_model
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'deployment.md'
 
 
 @pytest.fixture(scope='module')
-def documented(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
+def documented(
+        exported: Callable[..., Path],
+        model_to_export: Callable[..., Any],
+        tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Any, dict[str, Any]]:
     """Run the blocks of Python in a folder of the files that they name; return the model and what they define."""
     folder = tmp_path_factory.mktemp('documented')
-    torch.manual_seed(0)
-    model: Any = timm.create_model('supervit_digits', depth=2, drop_layers=(0,)).eval()
-    export_model(model, folder / 'exported', 'onnx')
-    images = torch.randn(32, 3, 24, 24)
-    stages = [(12, 0.5), (16, 0.7), (24, 1.0)]
-    with torch.no_grad():  # thresholds that part the images
+    shutil.copytree(exported('onnx').parent, folder / 'exported')
+    model = model_to_export()
+    images = torch.randn(32, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    stages = [(8, 0.5), (16, 0.7), (24, 1.0)]
+    with torch.no_grad():  # thresholds that part the images, midway between two of them
         thresholds = [
-            logits.softmax(dim=1).amax(dim=1).median().item() for logits in model.forward_subnets(images, stages[:2])]
+            logits.softmax(dim=1).amax(dim=1).quantile(0.5).item()
+            for logits in model.forward_subnets(images, stages[:2])]
     (folder / 'results').mkdir()
     (folder / 'results' / 'cascade.json').write_text(json.dumps({'stages': stages, 'thresholds': thresholds}))
     blocks = re.findall(r'```python\n(.*?)```', DOCUMENT.read_text(encoding='utf-8'), re.DOTALL)
@@ -38,7 +42,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str,
     os.chdir(folder)
     try:
         for block in blocks:
-            defined['images'] = images if 'load_program' in block else images.numpy()
+            defined['images'] = images if 'load_model' in block else images.numpy()
             exec(block, defined)
             defined.setdefault('of_program', defined.get('logits'))
     finally:

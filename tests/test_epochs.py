@@ -2,6 +2,7 @@
 import argparse
 import csv
 import json
+import shutil
 
 import pytest
 import timm
@@ -10,7 +11,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from timm_supervit.cli import main
-from timm_supervit.tools import epochs as epochs_tool
 from timm_supervit.tools.choose import merge_results
 
 SETTINGS = dict(embed_dim=32, depth=2, drop_layers=(1,), img_sizes=(12, 24), keep_rates=(0.5, 1.0))
@@ -22,19 +22,20 @@ def supervit(*arguments):
     return result
 
 
-@pytest.fixture
-def photos(tmp_path):
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'photos'
     for i in range(6):
-        path = tmp_path / 'photos' / 'validation' / f'class{i % 3}' / f'{i}.png'
+        path = folder / 'validation' / f'class{i % 3}' / f'{i}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((24, 24), 20 * i + 1).convert('RGB').save(path)
-    return tmp_path / 'photos'
+    return folder
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
     """Write the folder of a run: epochs 2 and 10 as ranked checkpoints, 11 as the last one alone."""
-    (tmp_path / 'run').mkdir()
+    folder = tmp_path_factory.mktemp('run')
     for epoch, name in [(10, 'checkpoint-10'), (2, 'checkpoint-2'), (11, 'last'), (2, 'model_best')]:
         states = []
         for seed in (epoch, 100 + epoch):
@@ -42,26 +43,23 @@ def run(tmp_path):
             states.append(timm.create_model('supervit_digits', num_classes=3, **SETTINGS).state_dict())
         args = argparse.Namespace(model='supervit_digits', model_kwargs=SETTINGS, num_classes=3)
         torch.save({'epoch': epoch, 'state_dict': states[0], 'state_dict_ema': states[1], 'args': args},
-                   tmp_path / 'run' / f'{name}.pth.tar')
-    return tmp_path / 'run'
+                   folder / f'{name}.pth.tar')
+    return folder
 
 
-def evaluate(model, photos, output, *options):
-    arguments = ['--data-dir', photos, '--workers', 0, '-b', 2, '--device', 'cpu', '--output', output]
-    result = supervit('evaluate', model, *arguments, *options)
+def evaluate(model, photos, *options):
+    result = supervit('evaluate', model, '--data-dir', photos, '--workers', 0, '-b', 2, '--device', 'cpu', *options)
     assert result.exit_code == 0, result.output
-    return result
+    return result.stdout
 
 
 @pytest.mark.parametrize('options', [[], ['--use-ema'], ['--subnet', '12:0.5', '--subnet', '24:1']])
 def test_every_epoch_has_the_accuracies_of_its_checkpoint_alone(run, photos, tmp_path, options):
-    result = evaluate(run, photos, tmp_path / 'out', *options)
+    lines = iter(evaluate(run, photos, '--output', tmp_path / 'out', *options).splitlines())
     rows = json.loads((tmp_path / 'out' / 'epochs.json').read_text())['rows']
-    lines = iter(result.stdout.splitlines())
     header = next(line for line in lines if line.startswith('epoch')).split()
     for epoch, name in [(2, 'checkpoint-2'), (10, 'checkpoint-10'), (11, 'last')]:
-        evaluate(run / f'{name}.pth.tar', photos, tmp_path / 'alone', *options)
-        alone = json.loads((tmp_path / 'alone' / 'evaluate.json').read_text())['rows']
+        alone = json.loads(evaluate(run / f'{name}.pth.tar', photos, '--json', *options))['rows']
         assert [row for row in rows if row['epoch'] == epoch] == [{'epoch': epoch, **row} for row in alone]
         subnets = [f'{row["img_size"]}:{row["keep_rate"]:g}' for row in alone]
         assert header == ['epoch', *subnets, 'mean']
@@ -75,34 +73,37 @@ def test_every_epoch_has_the_accuracies_of_its_checkpoint_alone(run, photos, tmp
         assert picture.size == (1600, 1000)
 
 
+@pytest.mark.parametrize(('options', 'words'), [
+    ([], ['Weights: state_dict of', '--use-ema']), (['--use-ema'], ['Weights: state_dict_ema of', 'leaving out'])])
+def test_it_is_said_which_weights_of_each_epoch_were_read(run, photos, options, words):
+    arguments = ['--data-dir', photos, '--workers', 0, '--device', 'cpu', '--subnet', '12:0.5', *options]
+    shown = supervit('evaluate', run, *arguments).stderr
+    assert all(word in shown for word in words)
+
+
 def test_one_epoch_of_the_results_can_be_chosen_from_and_a_model_card_takes_none(run, photos, tmp_path):
-    evaluate(run, photos, tmp_path)
-    with pytest.raises(ValueError, match='several settings; choose: epoch=2 or 10'):
+    evaluate(run, photos, '--output', tmp_path)
+    with pytest.raises(ValueError, match='choose: epoch=2 or 10'):
         merge_results([tmp_path / 'epochs.json'])
     assert {row['epoch'] for row in merge_results([tmp_path / 'epochs.json'], {'epoch': 10}).rows} == {10}
     result = supervit(
         'convert', run / 'last.pth.tar', '--results', tmp_path / 'epochs.json', '--output', tmp_path / 'hub')
     assert result.exit_code == 1
-    assert 'these results are of several epochs' in result.stderr
+    assert 'several epochs' in result.stderr
 
 
 def test_an_interrupt_keeps_the_epochs_that_are_complete(run, photos, tmp_path, monkeypatch):
-    load, calls = epochs_tool.load_checkpoint, []
+    def interrupt_epoch_10(steps, label):
+        for step in steps:
+            yield step
+            if label == 'Epoch 10':
+                raise KeyboardInterrupt
 
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    def interrupt_at_the_second(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            monkeypatch.setattr('timm_supervit.tools.evaluate.check_finite', interrupt)
-        return load(*args)
-
-    monkeypatch.setattr(epochs_tool, 'load_checkpoint', interrupt_at_the_second)
+    monkeypatch.setattr('timm_supervit.cli.progress.track', interrupt_epoch_10)
     arguments = ['--data-dir', photos, '--workers', 0, '--device', 'cpu', '--output', tmp_path / 'out']
     result = supervit('evaluate', run, *arguments)
     assert result.exit_code == 130
-    assert 'PARTIAL: interrupted after 1 of 3 epochs; saved as' in result.stdout
+    assert 'PARTIAL' in result.stdout and '1 of 3 epochs' in result.stdout
     content = json.loads((tmp_path / 'out' / 'epochs-partial.json').read_text())
     assert {row['epoch'] for row in content['rows']} == {2}
 
@@ -112,9 +113,10 @@ def test_a_folder_without_checkpoints_and_averages_of_only_some_epochs_are_named
     result = supervit('evaluate', photos, *arguments)
     assert result.exit_code == 1
     assert 'photos holds no checkpoint-*.pth.tar of train.py' in result.stderr
-    content = torch.load(run / 'last.pth.tar', weights_only=False)
+    some = shutil.copytree(run, tmp_path / 'some')
+    content = torch.load(some / 'last.pth.tar', weights_only=False)
     del content['state_dict_ema']
-    torch.save(content, run / 'last.pth.tar')
-    result = supervit('evaluate', run, '--use-ema', *arguments)
+    torch.save(content, some / 'last.pth.tar')
+    result = supervit('evaluate', some, '--use-ema', *arguments)
     assert result.exit_code == 1
-    assert f'{run}/last.pth.tar has no averaged weights' in result.stderr
+    assert f'{some}/last.pth.tar has no averaged weights' in result.stderr

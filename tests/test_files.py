@@ -1,11 +1,13 @@
 """Writing files: the old ones or the new ones and nothing else, whatever happens and whoever else writes there."""
 import errno
+import fcntl
 import os
 import random
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -13,15 +15,15 @@ import pytest
 from click.testing import CliRunner
 
 from timm_supervit.cli import main
-from timm_supervit.tools import files
-from timm_supervit.tools.files import fill_folder, replace_file
+from timm_supervit.results import files
+from timm_supervit.results.files import fill_folder
 
 NAMES = ('a.txt', 'b.txt', 'c.txt')
 
 
 def write_text(path, text):
-    with replace_file(path) as temporary:
-        temporary.write_text(text)
+    with fill_folder(path.parent) as folder:
+        (folder / path.name).write_text(text)
 
 
 def fill(folder, content, names=NAMES):
@@ -38,8 +40,8 @@ def run(code, *arguments, **kwargs):
     # In a process of its own, with nothing imported but the module.
     lines = [
         'import os, signal, sys, time',
-        'from timm_supervit.tools import files',
-        'from timm_supervit.tools.files import fill_folder',
+        'from timm_supervit.results import files',
+        'from timm_supervit.results.files import fill_folder',
         'folder = sys.argv[1]',
         'def fill(content, names=("a.txt", "b.txt", "c.txt")):',
         '    with fill_folder(folder) as new:',
@@ -94,14 +96,19 @@ def fail(at, error, function):
     return failing
 
 
+def refuse(code):
+    def refusing(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    return refusing
+
+
 @pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), KeyboardInterrupt()])
 @pytest.mark.parametrize('at', [1, 2, 3])
-@pytest.mark.parametrize('hard_links', [True, False])
-def test_if_not_all_files_can_be_put_in_their_places_none_is(tmp_path, monkeypatch, at, error, hard_links):
+def test_if_not_all_files_can_be_put_in_their_places_none_is(tmp_path, monkeypatch, at, error):
     (tmp_path / 'a.txt').write_text('old')
     (tmp_path / 'c.txt').write_text('old')
-    if not hard_links:
-        monkeypatch.setattr(os, 'link', fail(1, OSError(errno.EPERM, 'Operation not permitted'), os.link))
+    monkeypatch.setattr(os, 'link', refuse(errno.EPERM))  # as where there are no hard links
     monkeypatch.setattr(os, 'replace', fail(at, error, os.replace))
     with pytest.raises(type(error)):
         fill(tmp_path, 'new')
@@ -119,9 +126,12 @@ def test_a_folder_in_the_place_of_a_file_is_not_replaced(tmp_path):
     assert (tmp_path / 'a.txt').read_text() == 'old'
 
 
-def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), fill_folder(tmp_path / 'made'):
         raise ZeroDivisionError
+    monkeypatch.setattr(tempfile, 'mkdtemp', refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match='No space left'):
+        fill(tmp_path / 'made', 'new')
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,31 +147,40 @@ def kill(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return killing
-left = int(sys.argv[2])
-for name in ("link", "replace", "rename", "rmdir", "unlink", "mkdir"):
-    setattr(os, name, kill(getattr(os, name)))
-fill("new")
+for line in sys.stdin:
+    left, folder = int(line), f"{sys.argv[1]}/{line.strip()}"
+    child = os.fork()
+    if not child:
+        for name in ("open", "sendfile", "chmod", "link", "replace", "rename", "rmdir", "unlink", "mkdir"):
+            setattr(os, name, kill(getattr(os, name)))
+        fill("new")
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
 def test_a_process_killed_at_any_step_leaves_the_old_files_or_the_new_ones_to_the_next_run(tmp_path):
-    seen = set()
-    for steps in range(40):
+    forks = run(KILLED_AT, tmp_path)
+    seen = []
+    for steps in range(100):
         folder = tmp_path / str(steps)
         fill(folder, 'old', NAMES[:2])
-        process = run(KILLED_AT, folder, steps)
-        if process.wait() == 0:
+        forks.stdin.write(f'{steps}\n')
+        forks.stdin.flush()
+        status = int(forks.stdout.readline())
+        if status == 0:
             break
-        assert process.returncode == -signal.SIGKILL
+        assert os.WTERMSIG(status) == signal.SIGKILL
         for name in NAMES[:2]:
             assert (folder / name).read_text() in ('old', 'new')  # there and whole at any time
         write_text(folder / 'next', 'run')
         found = contents(folder)
         assert found in (
             {'a.txt': 'old', 'b.txt': 'old', 'next': 'run'}, {**dict.fromkeys(NAMES, 'new'), 'next': 'run'})
-        seen.add(found['a.txt'])
-    assert process.returncode == 0 and steps > 8
-    assert seen == {'old', 'new'}
+        seen.append(found['a.txt'])
+    forks.communicate()
+    assert status == 0 and len(seen) > 12
+    assert seen == sorted(seen, reverse=True) and set(seen) == {'old', 'new'}
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
@@ -183,6 +202,19 @@ def test_files_of_others_whose_names_look_alike_are_left_alone(tmp_path):
     (tmp_path / f'{files.TEMPORARY}notes').write_text('mine')
     fill(tmp_path, 'new')
     assert contents(tmp_path) == {**dict.fromkeys(NAMES, 'new'), f'{files.TEMPORARY}notes': 'mine'}
+
+
+@pytest.mark.parametrize('code', [errno.ENOSYS, errno.ENOLCK, errno.EBADF])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(fcntl, 'flock', refuse(code))
+    other = tmp_path / f'{files.TEMPORARY}other'
+    other.mkdir()  # of a process that may live or not
+    fill(tmp_path, 'old')
+    fill(tmp_path, 'new')
+    with pytest.raises(ZeroDivisionError), fill_folder(tmp_path):
+        raise ZeroDivisionError
+    other.rmdir()
+    assert contents(tmp_path) == dict.fromkeys(NAMES, 'new')
 
 
 def test_sigterm_clears_up_as_ctrl_c_does(tmp_path, monkeypatch):
@@ -207,7 +239,7 @@ def test_of_several_processes_that_fill_a_folder_at_once_one_whole_result_is_the
     code = (
         'import random\n'
         'replace = os.replace\n'
-        'os.replace = lambda *args: (time.sleep(random.random() / 20), replace(*args))\n'  # others may come between
+        'os.replace = lambda *args: (time.sleep(random.random() / 100), replace(*args))\n'  # others may come between
         'print(flush=True)\n'
         'for folder in sys.argv[2:]:\n'
         '    input()\n'
@@ -227,7 +259,7 @@ def test_of_several_processes_that_fill_a_folder_at_once_one_whole_result_is_the
 
 def test_of_several_threads_too(tmp_path, monkeypatch):
     replace = os.replace
-    monkeypatch.setattr(os, 'replace', lambda *args: (time.sleep(random.random() / 50), replace(*args)))
+    monkeypatch.setattr(os, 'replace', lambda *args: (time.sleep(random.random() / 100), replace(*args)))
     for folder in (tmp_path / str(i) for i in range(6)):
         threads = [threading.Thread(target=fill, args=(folder, str(writer))) for writer in range(4)]
         for thread in threads:

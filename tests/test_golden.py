@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from formula import checksum, draw, draw_state, draw_target
-from parity import build_official, list_grid
+from parity import LOGITS, build_official, list_grid
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import ClassificationTask
 from torch import nn
@@ -35,7 +35,7 @@ def run_step(model: Any, numbers: Numbers, monkeypatch: pytest.MonkeyPatch) -> d
     """Run the forward passes of the official training step."""
     settings = numbers['settings']
     box = settings.get('mix_token_box_14')
-    monkeypatch.setattr('timm_supervit.token_labels.draw_box', lambda *_: tuple(box))
+    monkeypatch.setattr('timm_supervit.training.token_labels.draw_box', lambda *_: tuple(box))
     task: Any = ClassificationTask(model.train(), SoftTargetCrossEntropy(), verbose=False)
     task.sample_subnets = lambda: [Subnet(*subnet) for subnet in settings['train_subnets']]
     num_classes = settings['config']['num_classes']
@@ -59,30 +59,33 @@ def get_gradients(model: nn.Module) -> dict[str, Any]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize('share_prefix, dtype', [
+    (True, torch.float64), (False, torch.float64), (True, torch.float32)])
 @pytest.mark.parametrize('backbone', MODELS)
-def test_every_subnet_gives_the_official_logits(backbone: str) -> None:
+def test_every_subnet_gives_the_official_logits(backbone: str, share_prefix: bool, dtype: torch.dtype) -> None:
     model, numbers = read_official(backbone)
-    subnets, images = [Subnet(*subnet) for subnet in list_grid(model)], draw_images()
+    model.to(dtype).share_prefix = share_prefix
+    subnets, images = [Subnet(*subnet) for subnet in list_grid(model)], draw_images().to(dtype)
     assert {str(subnet) for subnet in subnets} == numbers['logits'].keys()
     expected = {subnet: torch.tensor(numbers['logits'][str(subnet)], dtype=torch.float64) for subnet in subnets}
     with torch.no_grad():
         together = model.eval().forward_subnets(images, subnets)
-        for subnet, logits in zip(subnets, together, strict=True):
-            torch.testing.assert_close(logits, expected[subnet], atol=1e-10, rtol=0)
-        for subnet in CHECKED_ALONE:
-            logits = model(images, img_size=subnet[0], keep_rate=subnet[1])
-            torch.testing.assert_close(logits, expected[subnet], atol=1e-10, rtol=0)
+        alone = [model(images, img_size=img_size, keep_rate=keep_rate) for img_size, keep_rate in CHECKED_ALONE]
+    for subnet, logits in zip([*subnets, *CHECKED_ALONE], [*together, *alone], strict=True):
+        torch.testing.assert_close(logits.double(), expected[subnet], atol=LOGITS[dtype], rtol=0)
 
 
+@pytest.mark.parametrize('share_prefix', [True, False])
 @pytest.mark.parametrize('backbone, distill_teacher', [
     ('deit', 'own_size'), ('lvvit', 'largest_size'), ('lvvit', 'own_size')])
 def test_a_training_step_gives_the_official_losses_and_gradients(
         backbone: str,
         distill_teacher: str,
+        share_prefix: bool,
         monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, numbers = read_official(backbone)
-    model.distill_teacher = distill_teacher
+    model.distill_teacher, model.share_prefix = distill_teacher, share_prefix
     result = run_step(model, numbers, monkeypatch)
     assert_losses(result, numbers[distill_teacher]['losses'])
     result['loss'].backward()

@@ -181,8 +181,8 @@ def test_images_of_any_size_are_resized_inside(small_model: Any, shape: tuple[in
 
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     'a size that the patch does not divide': (
-        dict(img_sizes=(32, 50)), r'50 is not divisible by the patch size 16; use 48 or 64'),
-    'a size below the patch': (dict(img_sizes=(8, 32)), r'8 is not divisible by the patch size 16; use 16'),
+        dict(img_sizes=(32, 50)), r'50 .* 16; use 48 or 64'),
+    'a size below the patch': (dict(img_sizes=(8, 32)), r'8 .* 16; use 16'),
     'descending sizes': (dict(img_sizes=(64, 32)), r'\(64, 32\).*use \(32, 64\)'),
     'repeated sizes': (dict(img_sizes=(32, 32, 64)), r'\(32, 32, 64\).*use \(32, 64\)'),
     'no sizes': (dict(img_sizes=()), r'img_sizes \(\).*at least one'),

@@ -225,7 +225,7 @@ def test_a_label_map_is_never_run_as_code(quarters: LabelMapDataset, tmp_path: P
 def test_a_label_map_that_was_cut_short_is_named(quarters: LabelMapDataset, size: int) -> None:
     path = quarters.label_root / 'class0' / '0.pt'
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r'class0/0\.pt cannot be read as a label map'):
+    with pytest.raises(ValueError, match=r'class0/0\.pt cannot be read'):
         quarters[0]
 
 
@@ -236,5 +236,5 @@ def test_a_label_map_that_is_not_finite_is_named(quarters: LabelMapDataset, valu
     label_map = torch.load(path)
     label_map[part, 2, 5, 7] = value
     torch.save(label_map, path)
-    with pytest.raises(ValueError, match=r'class0/0\.pt holds scores or classes that are not finite'):
+    with pytest.raises(ValueError, match=r'class0/0\.pt .*not finite'):
         quarters[0]

@@ -14,8 +14,8 @@ import pytest
 import timm
 import torch
 import torch.distributed
-import torch.multiprocessing
 from parity import LOGITS, assert_gradients, assert_official_gradients, assert_official_logits, create_official
+from processes import run_ranks
 from reference_lvvit import ReferenceLVViT, token_label_step
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask
@@ -71,12 +71,12 @@ def draw_token_labels(batch_size: int, num_patches: int, dtype: torch.dtype = to
 @pytest.fixture
 def fixed_box(monkeypatch: pytest.MonkeyPatch) -> Any:
     def fix(box: Any) -> None:
-        monkeypatch.setattr('timm_supervit.token_labels.draw_box', lambda *_: tuple(box))
+        monkeypatch.setattr('timm_supervit.training.token_labels.draw_box', lambda *_: tuple(box))
 
     return fix
 
 
-# --- the official numbers
+# --- the official numbers, as test_golden.py compares others that are here on every machine
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def golden(load_golden: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, An
     return create_official('supervit_lvvit_small', tensors, settings), tensors, settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('share_prefix', [True, False])
 @pytest.mark.parametrize('dtype', LOGITS)
 def test_every_subnet_gives_the_official_logits(golden: Any, dtype: torch.dtype, share_prefix: bool) -> None:
@@ -94,6 +95,7 @@ def test_every_subnet_gives_the_official_logits(golden: Any, dtype: torch.dtype,
     assert_official_logits(model, tensors, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('reading', ['', 'own_size_teacher.'])
 @pytest.mark.parametrize('share_prefix', [True, False])
 def test_a_training_step_gives_the_official_losses_and_gradients(
@@ -122,6 +124,7 @@ def test_the_first_subnet_gives_the_official_token_logits(golden: Any) -> None:
     torch.testing.assert_close(outputs[0][1], tensors['train.token_logits'], atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 def test_without_a_shared_prefix_batchnorm_keeps_the_official_averages(golden: Any, fixed_box: Any) -> None:
     model, tensors, settings = golden
     model.double().share_prefix = False
@@ -396,7 +399,7 @@ def train_on_a_rank(rank: int, folder: str) -> None:
 
 
 def test_ranks_draw_the_same_and_stay_together(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_on_a_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(train_on_a_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f'rank{rank}.pt', weights_only=False) for rank in range(2))
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]

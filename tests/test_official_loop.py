@@ -17,7 +17,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from timm_supervit.tools.recipes import read_recipe
+from timm_supervit.tools.recipe import recipe as read_recipe
 
 NUM_STEPS = 10  # each an epoch of one batch: all of the warmup, and as much of the cosine
 NUM_CLASSES, NUM_PATCHES = 10, 16

@@ -1,5 +1,8 @@
-"""int8 files, and how they are compared with float32."""
+"""int8 files: what they compute, and that evaluate, profile and choose take them as networks of their own."""
 import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,158 +13,210 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from timm_supervit import Subnet
 from timm_supervit.cli import main
-from timm_supervit.tools.data import create_evaluation_loader, open_dataset
-from timm_supervit.tools.export import export_model
-from timm_supervit.tools.program import load_program
-from timm_supervit.tools.quantize import _Tracer
-from timm_supervit.tools.results import load_results
+from timm_supervit.images.datasets import create_evaluation_loader, open_dataset
+from timm_supervit.programs.program import load_program
+from timm_supervit.results.rows import load_results, name_of, subnet_of
+from timm_supervit.tools import export as tool
+from timm_supervit.tools.choose import choose
 
-SETTINGS = dict(img_sizes=(8, 16, 24), depth=2, drop_layers=(0, 1), num_classes=2)
+FIXED = Subnet(24, 0.5)
 IMAGES = 20
 
 
+def supervit(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('int8')
-    torch.manual_seed(0)
-    model: Any = timm.create_model('supervit_digits', **SETTINGS)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    torch.save(model.state_dict(), folder / 'model.pth')
+def model(model_to_export: Callable[..., Any]) -> Any:
+    return model_to_export()
+
+
+@pytest.fixture(scope='module')
+def source(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp('model')
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    return f'local-dir:{folder}'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('data')
     pixels = np.random.default_rng(0)
     for i in range(IMAGES):
-        (folder / 'data' / f'{i % 2}').mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.integers(0, 256, (6, 6, 3), np.uint8)).save(folder / 'data' / f'{i % 2}' / f'{i}.png')
+        (folder / f'{i % 10}').mkdir(exist_ok=True)
+        Image.fromarray(pixels.integers(0, 256, (6, 6, 3), np.uint8)).save(folder / f'{i % 10}' / f'{i}.png')
     return folder
 
 
-@pytest.fixture(scope='module')
-def model(folder: Path) -> Any:
-    model: Any = timm.create_model('supervit_digits', **SETTINGS)
-    model.load_state_dict(torch.load(folder / 'model.pth', weights_only=True))
-    return model.eval()
+@pytest.fixture(scope='module', autouse=True)
+def _files_at_hand(exported: Callable[..., Path]) -> Iterator[None]:
+    """Let the float32 files, which int8 ones are made of, be those that other tests have exported."""
+    files = {subnet: exported('onnx', subnet) for subnet in (None, FIXED)}
+
+    def write(module: Any, images: Any, path: Path, *_: Any) -> None:
+        shutil.copy(files[getattr(module, 'subnet', None)], path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, 'write_program', write)
+        yield
 
 
-def export(folder: Path, output: Path, *arguments: Any) -> Result:
-    return CliRunner().invoke(main, [
-        'export', 'supervit_digits', '--checkpoint', str(folder / 'model.pth'), '--format', 'onnx',
-        '--model-kwargs', *(f'{key}={value}' for key, value in SETTINGS.items()),
-        '--output', str(output), '--quantize', 'int8', '--workers', '0', *map(str, arguments)])
+def export(source: str, output: Path, *arguments: Any) -> Result:
+    return supervit(
+        'export', source, '--format', 'onnx', '--output', output, '--quantize', 'int8', '--workers', 0, *arguments)
 
 
 @pytest.fixture(scope='module', params=['elastic', 'fixed'])
-def quantized(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, str]:
-    """An elastic file with ranges found at each call, or a fixed one with ranges found in advance; what was printed."""
-    output = folder / request.param
-    fixed = ['--subnet', '24:0.7', '--calibration-data', folder / 'data'] if request.param == 'fixed' else []
-    result = export(folder, output, '--data-dir', folder / 'data', *fixed)
+def quantized(request: pytest.FixtureRequest, source: str, data: Path, tmp_path_factory: Any) -> Path:
+    """An elastic file with ranges found at each call, or a fixed one with ranges found in advance."""
+    output = tmp_path_factory.mktemp('int8')
+    fixed = ['--subnet', FIXED, '--calibration-data', data] if request.param == 'fixed' else []
+    result = export(source, output, *fixed)
     assert result.exit_code == 0, result.output
-    stem = 'supervit_digits-24-0.7-int8' if request.param == 'fixed' else 'supervit_digits-int8'
-    assert sorted(path.name for path in output.iterdir()) == [
-        f'{stem}-compared.csv', f'{stem}-compared.json', f'{stem}.onnx', f'{stem}.onnx.json']
-    return output / f'{stem}.onnx', result.stdout
+    path, = output.glob('*.onnx')
+    assert f'{path.name}: 0.' in result.stdout and 'of float32' in result.stdout
+    return path
 
 
-def test_it_computes_nearly_the_same(quantized: tuple[Path, str], model: Any, folder: Path) -> None:
-    program = load_program(quantized[0])
-    (images, _), = create_evaluation_loader(open_dataset(str(folder / 'data')), model, num_workers=0)
-    assert program.facts['precision'] == 'int8'
+def test_the_manifest_says_that_a_file_is_int8_and_how_it_compares(
+        quantized: Path, exported: Callable[..., Path]) -> None:
+    program, manifest = load_program(quantized), json.loads(Path(f'{quantized}.json').read_text())
+    assert sorted(path.name for path in quantized.parent.iterdir()) == [quantized.name, f'{quantized.name}.json']
+    assert quantized.name == f'supervit_digits{"" if program.is_elastic else "-24-0.5"}-int8.onnx'
+    assert program.fixed_setting == {'precision': 'int8', 'runtime': 'onnx'}
+    assert manifest['precision'] == 'int8'
+    assert manifest['calibrated'] is not program.is_elastic
+    assert manifest['float32_bytes'] == exported('onnx', None if program.is_elastic else FIXED).stat().st_size
+    assert manifest['bytes'] == quantized.stat().st_size < 0.8 * manifest['float32_bytes']
+    assert all(difference > 1e-4 for difference in manifest['max_difference'].values())
+
+
+def test_it_computes_nearly_the_same(quantized: Path, model: Any, data: Path) -> None:
+    program = load_program(quantized)
+    (images, _), = create_evaluation_loader(open_dataset(str(data)).dataset, model, num_workers=0)
     for subnet in program.subnets:
+        # An image of which another patch is kept differs by more; where all are kept, none does.
         with torch.no_grad():
-            expected = model(images, img_size=subnet.img_size, keep_rate=1. if program.is_elastic else 0.7)
+            expected = model(images, img_size=subnet.img_size, keep_rate=1. if program.is_elastic else FIXED.keep_rate)
         actual = program(images, subnet.img_size, 1.) if program.is_elastic else program(images)
         error = (actual - expected).norm() / expected.norm()
         assert 0 < error < 0.1, f'{subnet}: {error}'
 
 
-def test_only_products_with_weights_are_quantized(quantized: tuple[Path, str]) -> None:
+def test_only_products_with_weights_are_quantized(quantized: Path, model: Any) -> None:
     import onnx
 
-    graph = onnx.load(quantized[0]).graph
+    graph = onnx.load(quantized).graph
     kept = {node.op_type for node in graph.node}
     assert {'Conv', 'MatMul', 'LayerNormalization', 'Softmax'} <= kept  # the patch embedding, and attention
     weights = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims]
-    assert sum(len(tensor.dims) == 2 for tensor in weights) == 4 * SETTINGS['depth'] + 1  # type: ignore[operator]
+    assert sum(len(tensor.dims) == 2 for tensor in weights) == 4 * len(model.blocks) + 1
 
 
-def test_accuracy_is_counted_on_the_given_images_for_both(
-        quantized: tuple[Path, str], model: Any, folder: Path) -> None:
-    path, printed = quantized
-    program, rows = load_program(path), load_results(path.with_name(f'{path.stem}-compared.json')).rows
-    assert rows == json.loads(Path(f'{path}.json').read_text())['comparison']
-    assert [row['precision'] for row in rows] == ['float32', 'int8'] * len(program.subnets)
-    assert 'same patches kept' in ' '.join(printed.split())
-    (images, target), = create_evaluation_loader(open_dataset(str(folder / 'data')), model, num_workers=0)
-    for one, other, subnet in zip(rows[::2], rows[1::2], program.subnets, strict=True):
-        with torch.no_grad():
-            expected = model(images, img_size=subnet.img_size, keep_rate=subnet.keep_rate).argmax(1)
-        assert one['correct1'] == int((expected == target).sum())
-        assert other['correct1'] == int((program(images, *subnet).argmax(1) == target).sum())
-        assert one['count'] == other['count'] == IMAGES
-        assert 50 < other['kept_same'] <= 100
-        assert other['kept_same'] == 100 or subnet.keep_rate < 1
-
-
-def test_what_was_kept_is_what_the_model_keeps(folder: Path, model: Any, tmp_path: Path) -> None:
-    (manifest,) = export_model(model, tmp_path, 'onnx')
-    tracer, images = _Tracer(model, tmp_path / manifest['file']), torch.randn(3, 3, 24, 24)
-    for subnet in model.subnets:
-        _, kept = tracer(images, subnet)
-        with torch.no_grad():
-            places = model.kept_patches(images, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
-        expected = np.ones(kept.shape, bool)
-        if places:
-            expected[:] = False
-            np.put_along_axis(expected, places[max(places)].numpy(), True, 1)
-        assert (kept == expected).all()
-
-
-def test_a_changed_file_is_refused(quantized: tuple[Path, str], tmp_path: Path) -> None:
-    path = quantized[0]
-    content = bytearray(path.read_bytes())
+def test_a_changed_file_is_refused(quantized: Path, tmp_path: Path) -> None:
+    content = bytearray(quantized.read_bytes())
     content[-100] ^= 1
-    (tmp_path / path.name).write_bytes(content)
-    (tmp_path / f'{path.name}.json').write_bytes(Path(f'{path}.json').read_bytes())
+    (tmp_path / quantized.name).write_bytes(content)
+    shutil.copy(f'{quantized}.json', tmp_path)
     with pytest.raises(ValueError, match='is damaged'):
-        load_program(tmp_path / path.name)
+        load_program(tmp_path / quantized.name)
 
 
-@pytest.mark.parametrize(('option', 'number', 'message'), [
-    ('--calibration-data', 0, 'Found 0 images'),
-    ('--calibration-data', 1, 'holds 1 image, and static quantization takes the ranges of all activations from them'),
-    ('--data-dir', 0, 'Found 0 images'),
-])
+# What the other commands make of it
+
+
+def evaluate(path: Path, data: Path, *arguments: Any) -> Any:
+    result = supervit('evaluate', path, '--data-dir', data, '-j', 0, *arguments, '--json')
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_accuracy_is_of_the_batches_that_the_ranges_were_found_in(quantized: Path, model: Any, data: Path) -> None:
+    program = load_program(quantized)
+    loader = list(create_evaluation_loader(open_dataset(str(data)).dataset, model, batch_size=8, num_workers=0))
+    results = evaluate(quantized, data, '-b', 8)
+    assert results['info']['precision'] == 'int8'
+    for row in results['rows']:
+        assert (row['precision'], row.get('batch_size')) == ('int8', 8 if program.is_elastic else None)
+        correct = [program(images, *subnet_of(row)).argmax(1) == target for images, target in loader]
+        assert (row['correct1'], row['count']) == (int(torch.cat(correct).sum()), IMAGES)
+
+
+def test_it_is_profiled_in_its_own_precision_and_runtime(quantized: Path, tmp_path: Path) -> None:
+    program = load_program(quantized)
+    result = supervit('profile', quantized, '-b', 1, '-b', 3, '--rounds', 2, '--output', tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = load_results(tmp_path / 'profile.json').rows
+    assert [(subnet_of(row), row['batch_size']) for row in rows] == [
+        (subnet, size) for subnet in program.subnets for size in (1, 3)]
+    for row in rows:
+        assert (row['precision'], row['runtime']) == ('int8', 'onnx')
+        assert 0 < row['latency_ms'] <= row['latency_p90_ms']
+        assert (row['macs'], row['memory_mib']) == (program.macs(subnet_of(row)), None)
+    for option in (['--runtime', 'compile'], ['--precision', 'float16']):
+        result = supervit('profile', quantized, *option, '--rounds', 2)
+        assert result.exit_code == 1 and 'leave --precision and --runtime out' in result.stderr
+
+
+def test_choose_has_it_as_a_point_beside_its_float32(
+        quantized: Path, exported: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    program = load_program(quantized)
+    for path, name in ((quantized, 'int8'), (exported('onnx', None if program.is_elastic else FIXED), 'float32')):
+        for command in (['evaluate', path, '--data-dir', data, '-j', 0, '-b', 1], ['profile', path, '--rounds', 2]):
+            result = supervit(*command, '--output', tmp_path / name)
+            assert result.exit_code == 0, result.output
+    files = [tmp_path / name / f'{command}.json' for name in ('int8', 'float32') for command in ('evaluate', 'profile')]
+    assert {name_of(row) for row in choose(files).merged[0].rows} == {
+        f'{subnet}{mark}' for subnet in program.subnets for mark in ('', ' int8')}
+    result = supervit('choose', *files, '--latency-ms', 1e6, '--json')
+    assert result.exit_code == 0, result.output
+    # The most accurate of all that were measured, in either precision; of equals the faster.
+    measured = []
+    for one, other in zip(files[::2], files[1::2], strict=True):
+        for accuracy, cost in zip(load_results(one).rows, load_results(other).rows, strict=True):
+            measured.append((-accuracy['top1'], cost['latency_ms'], cost['precision'], subnet_of(cost)))
+    assert len(measured) == 2 * len(program.subnets)
+    best = json.loads(result.stdout)['info']['best']
+    assert (-best['top1'], best['latency_ms'], best['precision'], subnet_of(best)) == min(measured)
+    if program.is_elastic:  # its accuracy in other batches is none of this latency
+        evaluate(quantized, data, '-b', 8, '--output', tmp_path / 'int8')
+        result = supervit('choose', *files, '--latency-ms', 1e6)
+        assert result.exit_code == 1 and 'batch_size=8 or 1' in result.stderr
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(('number', 'message'), [(0, 'Found 0 images'), (1, 'holds 1 image, .* give 16 or more')])
 def test_a_folder_of_too_few_images_is_refused_before_anything_is_done(
-        folder: Path, tmp_path: Path, option: str, number: int, message: str) -> None:
+        source: str, tmp_path: Path, number: int, message: str) -> None:
     (tmp_path / 'few' / '0').mkdir(parents=True)
     for i in range(number):
         Image.new('RGB', (8, 8)).save(tmp_path / 'few' / '0' / f'{i}.png')
-    result = export(folder, tmp_path / 'out', option, tmp_path / 'few')
-    assert result.exit_code == 1
-    assert message in ' '.join(result.stderr.split())
+    result = export(source, tmp_path / 'out', '--calibration-data', tmp_path / 'few')
+    assert result.exit_code == 1 and re.search(message, ' '.join(result.stderr.split()))
     assert not list((tmp_path / 'out').iterdir())
 
 
 def test_a_file_that_the_quantizer_wrote_in_part_is_an_error(
-        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its writer does not notice a full disk.
     monkeypatch.setattr(
         'onnxruntime.quantization.quantize_dynamic', lambda source, target, **_: target.write_bytes(b'\x08\x07\xff'))
-    result = export(folder, tmp_path, '--subnet', '24:0.7')
+    result = export(source, tmp_path, '--subnet', FIXED)
     assert result.exit_code == 1 and 'needs room for four copies' in result.stderr
     assert not any(tmp_path.iterdir())
 
 
-def test_images_that_cannot_be_read_do_not_calibrate_or_compare(folder: Path, tmp_path: Path) -> None:
-    for path in sorted((folder / 'data').rglob('*.png')):
-        copy = tmp_path / path.relative_to(folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    copy.write_text('no image')
-    for option in ('--calibration-data', '--data-dir'):
-        result = export(folder, tmp_path / 'out', '--subnet', '24:0.7', option, tmp_path / 'data')
-        message = result.stderr.splitlines()[-1]
-        assert result.exit_code == 1 and f'image {copy} cannot be read' in message
-        assert 'skip-bad' not in message and 'Errno' not in message
+def test_images_that_cannot_be_read_do_not_calibrate(source: str, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / 'data')
+    broken = tmp_path / 'data' / '9' / '19.png'
+    broken.write_text('no image')
+    result = export(source, tmp_path / 'out', '--subnet', FIXED, '--calibration-data', tmp_path / 'data')
+    message = result.stderr.splitlines()[-1]
+    assert result.exit_code == 1 and f'image {broken} cannot be read' in message
+    assert 'skip-bad' not in message and 'Errno' not in message
+    assert not any((tmp_path / 'out').iterdir())

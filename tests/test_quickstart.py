@@ -1,8 +1,8 @@
 """The main job: train on digits, evaluate, save, load again."""
+import contextlib
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -11,17 +11,27 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from processes import forks
 
 from timm_supervit.cli import main
+from timm_supervit.results.rows import load_results
 from timm_supervit.tools import quickstart as quickstart_file
 from timm_supervit.tools.quickstart import load_digits, quickstart
-from timm_supervit.tools.results import load_results
+
+
+@contextlib.contextmanager
+def fewer_digits(num_train, num_test=360):
+    examples, held_out = load_digits(24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart_file, 'load_digits', lambda img_size: (examples[:num_train], held_out[:num_test]))
+        yield
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digits')
-    return folder, quickstart(folder, seed=3, epochs=1)
+    with fewer_digits(256):
+        return folder, quickstart(folder, seed=3, epochs=1)
 
 
 def test_the_split_of_the_digits_is_fixed_and_even():
@@ -59,27 +69,33 @@ def test_the_folder_loads_as_the_model_that_was_evaluated(run):
         assert int((logits.argmax(dim=1) == targets).sum()) == row['correct1']
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(run, tmp_path):
-    folder, results = run
-    again = quickstart(tmp_path / 'a', seed=3, epochs=1)
-    assert again.rows == results.rows
-    weights = (folder / 'model.safetensors').read_bytes()
-    assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == weights
-    quickstart(tmp_path / 'b', seed=4, epochs=1)
-    assert (tmp_path / 'b' / 'model.safetensors').read_bytes() != weights
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
+    with fewer_digits(128, 40):
+        results = {name: quickstart(tmp_path / name, seed, epochs=1) for name, seed in (('a', 3), ('b', 3), ('c', 4))}
+    weights = {name: (tmp_path / name / 'model.safetensors').read_bytes() for name in results}
+    assert results['a'].rows == results['b'].rows
+    assert weights['a'] == weights['b'] != weights['c']
 
 
-def test_an_interrupt_leaves_nothing_half_written(run, tmp_path):
-    (tmp_path / 'evaluate.json').write_text('old')
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'timm_supervit', 'quickstart', '--output', str(tmp_path)], stderr=subprocess.PIPE)
-    while len(list(tmp_path.iterdir())) == 1 and process.poll() is None:
+def run_command(arguments, errors):
+    with errors.open('w') as file:
+        os.dup2(file.fileno(), 2)
+    main(arguments)
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path):
+    output, errors = tmp_path / 'digits', tmp_path / 'errors.txt'
+    output.mkdir()
+    (output / 'evaluate.json').write_text('old')
+    process = forks.Process(target=run_command, args=(['quickstart', '--output', str(output)], errors))
+    process.start()
+    while len(list(output.iterdir())) == 1 and process.is_alive():
         time.sleep(0.05)  # until its temporary folder is there, so that it has begun
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.decode().splitlines()[-1]) == (130, 'Interrupted.')
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('evaluate.json', 'old')]
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=60)
+    assert (process.exitcode, errors.read_text().splitlines()[-1]) == (130, 'Interrupted.')
+    assert [(path.name, path.read_text()) for path in output.iterdir()] == [('evaluate.json', 'old')]
 
 
 def test_an_interrupted_evaluation_is_saved_as_nothing_complete(tmp_path, monkeypatch):

@@ -125,8 +125,8 @@ def test_equal_pairs_and_lists_are_sizes_too(small_model: Any) -> None:
 
 @pytest.mark.parametrize('sizes, message', {
     'out of order': (((64, 32), (32, 16)), r'not ascending by area.*use \(\(32, 16\), \(64, 32\)\)'),
-    'the height does not fit': (((40, 32), 64), r'40 is not divisible by the patch size 16; use 32 or 48'),
-    'the width does not fit': (((32, 40), 64), r'40 is not divisible by the patch size 16; use 32 or 48'),
+    'the height does not fit': (((40, 32), 64), r'40 .* 16; use 32 or 48'),
+    'the width does not fit': (((32, 40), 64), r'40 .* 16; use 32 or 48'),
     'three sides': (((32, 32, 3), 64), r'\(32, 32, 3\) is neither'),
     'no side': (((), 64), r'\(\) is neither'),
     'not whole': (((32, 16.5), 64), r'\(32, 16\.5\) is neither'),

@@ -11,8 +11,8 @@ from fcntl import ioctl
 import pytest
 from rich.console import Console
 
-from timm_supervit.cli.tables import grid_table, list_table, print_grids, print_table
-from timm_supervit.tools.results import COLUMNS, Results, save_results
+from timm_supervit.cli.tables import grid_table, list_table, print_table
+from timm_supervit.results.rows import COLUMNS, Results, save_results
 
 WIDTHS = (60, 80, 160)
 COSTS = ['macs', 'latency_ms', 'latency_p90_ms', 'latency_iqr_ms', 'throughput', 'memory_mib']
@@ -89,14 +89,14 @@ def test_a_pipe_gets_one_line_for_each_row_however_long(capsys):
     for line, row in zip(lines[2:], rows, strict=False):
         assert line.count(row['network']) == 2
         assert f'{row["memory_mib"]:.1f}' in line
-    print_grids(Results('m', rows), ['top1', *COSTS])
+    print_table(*(grid_table(rows, key) for key in ['top1', *COSTS]))
     heading = capsys.readouterr().out.splitlines()[0]
     assert all(COLUMNS[key].title in heading for key in ['top1', *COSTS])
 
 
 @pytest.mark.parametrize('width', WIDTHS)
 def test_a_terminal_of_this_width_shows_every_column(width, tmp_path):
-    path = save_results(Results('m', make_rows()), tmp_path, 'evaluate')[0]
+    path = tmp_path / save_results(Results('m', make_rows()), tmp_path, 'evaluate')
     parent, child = pty.openpty()
     ioctl(child, termios.TIOCSWINSZ, struct.pack('HHHH', 24, width, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ('COLUMNS', 'LINES')}

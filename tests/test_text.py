@@ -8,17 +8,16 @@ import pytest
 import timm
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from timm_supervit.cli import main
 from timm_supervit.cli.stdout import echo
 from timm_supervit.cli.tables import list_table, print_table
+from timm_supervit.results.pictures import draw_operating_points
+from timm_supervit.results.rows import Results, load_results, save_results
+from timm_supervit.results.text import markdown, spreadsheet, visible
 from timm_supervit.tools.convert import model_card
-from timm_supervit.tools.pictures import draw_operating_points
-from timm_supervit.tools.results import Results, load_results, save_results
-from timm_supervit.tools.text import markdown, spreadsheet, visible
 
 # What a name may hold, and how it is shown.
 NAMES = {
@@ -83,8 +82,8 @@ def test_a_model_card_is_whole_whatever_the_names_in_it(name, shown):
 
 @pytest.mark.parametrize('name', [*NAMES, '=1+1', '+1', '-1', '@SUM(A1)', ' =1', '\t=1', '=cmd|x', '"', 'a,b'])
 def test_a_spreadsheet_gets_one_line_for_each_row_and_no_formula(name, tmp_path):
-    path = save_results(Results('m', [row(name), {name: name, **row(name)}]), tmp_path, 'visualize')[1]
-    with path.open(encoding='utf-8', newline='') as file:
+    save_results(Results('m', [row(name), {name: name, **row(name)}]), tmp_path, 'visualize')
+    with (tmp_path / 'visualize.csv').open(encoding='utf-8', newline='') as file:
         lines = file.read().split('\n')
     assert len(lines) == 4 and not lines[-1]
     for line in csv.reader(lines[:-1]):
@@ -93,24 +92,22 @@ def test_a_spreadsheet_gets_one_line_for_each_row_and_no_formula(name, tmp_path)
 
 
 def test_text_is_in_quotes_since_some_spreadsheets_part_cells_at_semicolons(tmp_path):
-    path = save_results(Results('m', [row('a;=1')]), tmp_path, 'visualize')[1]
-    assert path.read_text().splitlines()[1] == '12,0.5,"a;=1","a;=1",7,0.5'
+    save_results(Results('m', [row('a;=1')]), tmp_path, 'visualize')
+    assert (tmp_path / 'visualize.csv').read_text().splitlines()[1] == '12,0.5,"a;=1","a;=1",7,0.5'
 
 
 def test_numbers_in_a_spreadsheet_stay_numbers(tmp_path):
-    path = save_results(Results('m', [dict(row('x'), change=-1.5, none=None)]), tmp_path, 'visualize')[1]
-    assert path.read_text().splitlines()[1] == '12,0.5,"x","x",7,0.5,-1.5,""'
+    save_results(Results('m', [dict(row('x'), change=-1.5, none=None)]), tmp_path, 'visualize')
+    assert (tmp_path / 'visualize.csv').read_text().splitlines()[1] == '12,0.5,"x","x",7,0.5,-1.5,""'
     assert spreadsheet('-1.5') == "'-1.5"
 
 
 @every_name
-def test_a_picture_shows_names_and_no_mathematics(name, shown, tmp_path, monkeypatch):
-    figures = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: [figures.append(self), savefig(self, *a, **k)])
+def test_a_picture_shows_names_and_no_mathematics(name, shown):
     rows = [dict(img_size=12, keep_rate=0.5, macs=7, top1=80.0), dict(model=name, macs=7, top1=80.0)]
-    draw_operating_points(rows, tmp_path / 'picture.png', title=name)
-    texts = [text for text in figures[0].findobj(Text) if text.get_text()]
+    figure = draw_operating_points(rows, title=name)
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
     assert [text.get_text() for text in texts].count(shown) == 2
     assert not any(text.get_parse_math() for text in texts)
 

@@ -67,7 +67,7 @@ if __name__ == '__main__':
 '''
 
 
-@pytest.mark.parametrize('autoload', ['1', '0'])
+@pytest.mark.parametrize('autoload', ['1', pytest.param('0', marks=pytest.mark.slow)])
 def test_workers_of_data_loaders_posterize_to_no_bits_too(tmp_path: Path, autoload: str) -> None:
     script = tmp_path / 'script.py'
     script.write_text(LOADERS.format(first='' if autoload == '1' else 'import timm_supervit'))

@@ -5,36 +5,39 @@ import errno
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
+from processes import run_ranks
 
 import timm_supervit
 from timm_supervit import Subnet
-from timm_supervit.fingerprint import fingerprint
-from timm_supervit.tools.choose import best_subnet, merge_results, pareto_front
-from timm_supervit.tools.convert import convert_checkpoint
-from timm_supervit.tools.data import create_evaluation_loader, open_dataset
+from timm_supervit.cli import main
+from timm_supervit.images.datasets import open_dataset
+from timm_supervit.results.files import check_output_folder, fill_folder
+from timm_supervit.results.fingerprint import fingerprint
+from timm_supervit.results.pictures import draw_operating_points
+from timm_supervit.results.rows import COLUMNS, Results, load_results, save_results
+from timm_supervit.tools import export as export_tool
+from timm_supervit.tools.choose import best_subnet, front_of, merge_results
+from timm_supervit.tools.convert import convert
 from timm_supervit.tools.evaluate import evaluate
-from timm_supervit.tools.export import export_model
-from timm_supervit.tools.files import check_output_folder, fill_folder, replace_file
-from timm_supervit.tools.macs import count_macs
-from timm_supervit.tools.pictures import draw_operating_points
-from timm_supervit.tools.profile import profile
-from timm_supervit.tools.results import COLUMNS, Results, load_results, save_results
-from timm_supervit.tools.visualize import find_kept_tokens
+from timm_supervit.tools.export import export
+from timm_supervit.tools.profile import count_macs, profile
+from timm_supervit.tools.visualize import visualize
 
 CLASSES = 3
 
 
 def write_text(path, text):
-    with replace_file(path) as temporary:
-        temporary.write_text(text)
+    with fill_folder(path.parent) as folder:
+        (folder / path.name).write_text(text)
 
 
 def make_model(**kwargs):
@@ -56,6 +59,24 @@ def make_images(folder: Path, count: int = 11, classes: int = CLASSES) -> Path:
     return folder
 
 
+@pytest.fixture(scope='module')
+def eleven(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('eleven'))
+
+
+@pytest.fixture
+def damaged(eleven, tmp_path):
+    """Eleven images of which one is cut off, and that one's path."""
+    folder = shutil.copytree(eleven, tmp_path / 'images')
+    path = folder / 'validation' / 'class1' / '4.png'
+    path.write_bytes(path.read_bytes()[:200])
+    return folder, path
+
+
+def black_images(count, target=0):
+    return [(Image.new('RGB', (24, 24)), target)] * count
+
+
 def make_rows():
     # 20:0.5 is worse than the cheaper 16:1.0.
     values = [(12, 0.5, 1, 80.0), (12, 1.0, 2, 90.0), (16, 1.0, 3, 94.0), (20, 0.5, 4, 93.0), (24, 1.0, 8, 97.0)]
@@ -71,9 +92,9 @@ def make_rows():
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / 'table.json'
     write_text(path, 'good')
-    message = r'No space left on device: .*table\.json was not written'
-    with pytest.raises(OSError, match=message), replace_file(path) as temporary:
-        temporary.write_text('ha')
+    message = 'No space left on device: .* as it was'
+    with pytest.raises(OSError, match=message), fill_folder(tmp_path) as folder:
+        (folder / path.name).write_text('ha')
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_text() == 'good'
     assert list(tmp_path.iterdir()) == [path]
@@ -83,9 +104,9 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_really_full_disk_is_reported(tmp_path):
     path = tmp_path / 'table.json'
     write_text(path, 'good')
-    with pytest.raises(OSError, match='No space left on device'), replace_file(path) as temporary:
-        temporary.symlink_to('/dev/full')
-        temporary.write_text('half of it')
+    with pytest.raises(OSError, match=r'No space left on device: .* as it was'), fill_folder(tmp_path) as folder:
+        (folder / path.name).symlink_to('/dev/full')
+        (folder / path.name).write_text('half of it')
     assert path.read_text() == 'good'
     assert list(tmp_path.iterdir()) == [path]
 
@@ -109,9 +130,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 
 def test_results_survive_json_and_csv(tmp_path):
     results = Results('supervit_digits', [*make_rows(), dict(model='deit_tiny', macs=5)], {'partial': False})
-    json_path, csv_path = save_results(results, tmp_path, 'evaluate')
-    assert load_results(json_path) == results
-    with csv_path.open() as file:
+    assert save_results(results, tmp_path, 'evaluate') == 'evaluate.json'
+    assert load_results(tmp_path / 'evaluate.json') == results
+    with (tmp_path / 'evaluate.csv').open() as file:
         table = list(csv.DictReader(file))
     assert [row['top1'] for row in table] == ['80.0', '90.0', '94.0', '93.0', '97.0', '']
     assert table[-1]['model'] == 'deit_tiny'
@@ -141,7 +162,7 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     ('{"img_size": "12", "keep_rate": 1}', "img_size '12'"),
     ('{"img_size": 12, "keep_rate": "all"}', "keep_rate 'all'"),
     ('{"img_size": 12, "keep_rate": NaN}', 'keep_rate nan'),
-    ('{"img_size": 12}', 'row 0 names neither a subnet nor a cascade nor a model'),
+    ('{"img_size": 12}', 'row 0 names neither'),
     ('{"img_size": 12, "keep_rate": 1, "top1": NaN}', 'row 0: top1 is nan'),
     ('{"img_size": 12, "keep_rate": 1, "macs": 1e999}', 'row 0: macs is inf'),
     ('{"img_size": 12, "keep_rate": 1, "macs": "many"}', "row 0: macs is 'many'"),
@@ -158,7 +179,7 @@ def test_a_row_with_a_value_that_cannot_be_is_named(tmp_path, row, message):
 
 def test_the_picture_has_the_size_for_a_readme(tmp_path):
     rows = [*make_rows(), dict(model='deit_tiny', macs=int(5e6), top1=70.0), dict(img_size=12, keep_rate=0.7, macs=1)]
-    draw_operating_points(rows, tmp_path / 'a.png', title='digits')
+    save_results(Results('m', rows), tmp_path, 'a', {'.png': draw_operating_points(rows, title='digits')})
     with Image.open(tmp_path / 'a.png') as picture:
         assert picture.size == (1600, 1000)
 
@@ -182,7 +203,7 @@ def test_of_equally_accurate_subnets_the_cheapest_is_chosen():
 
 
 def test_the_nearest_miss_is_named_when_nothing_fits():
-    message = r'no subnet has latency, median at most 5\.00 ms; the nearest is 12:0\.5 with latency, median 10\.00 ms'
+    message = r'at most 5\.00 ms; the nearest is 12:0\.5 with latency, median 10\.00 ms'
     with pytest.raises(ValueError, match=message):
         best_subnet(make_rows(), latency_ms=5)
     message = r'throughput at least 101\.0.*nearest is 12:0\.5 with throughput 100\.0 images/s'
@@ -192,25 +213,25 @@ def test_the_nearest_miss_is_named_when_nothing_fits():
 
 def test_a_budget_that_was_not_measured_is_refused():
     rows = [{key: value for key, value in row.items() if key != 'latency_ms'} for row in make_rows()]
-    with pytest.raises(ValueError, match='nothing about latency_ms; add the file that "supervit profile" wrote'):
+    with pytest.raises(ValueError, match=r'latency_ms; add .*"supervit profile"'):
         best_subnet(rows, latency_ms=5)
     with pytest.raises(ValueError, match='macs 0 is no budget'):
         best_subnet(rows, macs=0)
 
 
 def test_the_pareto_front_leaves_out_what_is_beaten():
-    assert [row['img_size'] for row in pareto_front(make_rows())] == [12, 12, 16, 24]
+    assert [row['img_size'] for row in front_of(make_rows())] == [12, 12, 16, 24]
 
 
 def test_a_high_throughput_is_a_low_cost():
     rows = make_rows()
-    assert len(pareto_front(rows, 'throughput')) == 4
+    assert len(front_of(rows, 'throughput')) == 4
     rows[-1]['throughput'] = 1000
-    assert pareto_front(rows, 'throughput') == [rows[-1]]
+    assert front_of(rows, 'throughput') == [rows[-1]]
 
 
 def save_rows(folder, name, rows):
-    return save_results(Results('m', rows), folder, name)[0]
+    return folder / save_results(Results('m', rows), folder, name)
 
 
 def test_results_of_evaluate_and_profile_are_joined_by_subnet(tmp_path):
@@ -225,7 +246,7 @@ def test_results_of_evaluate_and_profile_are_joined_by_subnet(tmp_path):
         dict(point, top1=80.0, batch_size=8, latency_ms=9.0)]
     with pytest.raises(ValueError, match=r'subnet 12:0\.5 in several settings; choose: batch_size=1 or 8$'):
         merge_results([evaluated, profiled])
-    with pytest.raises(ValueError, match=r'batchsize is no setting of results; use epoch, img_size, keep_rate, '):
+    with pytest.raises(ValueError, match=r'batchsize is no setting .*; use epoch, img_size, keep_rate, '):
         merge_results([profiled], {'batchsize': 8})
 
 
@@ -254,11 +275,10 @@ def small_digits(**settings):
 def measure(model, folder, name):
     """Evaluate, or profile, one subnet and save it."""
     if name.startswith('profile'):
-        results = profile(model, [Subnet(12, 0.5)], 'supervit_digits', rounds=2)
+        results = profile(model, [Subnet(12, 0.5)], rounds=2)
     else:
-        loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)], model, num_workers=0)
-        results = evaluate(model, loader, [Subnet(12, 0.5)], name='supervit_digits')
-    return save_results(results, folder, name)[0]
+        results = evaluate(model, black_images(1), [Subnet(12, 0.5)], workers=0)
+    return folder / save_results(results, folder, name)
 
 
 def test_costs_and_accuracy_of_one_network_are_joined_whatever_its_weights_cost(tmp_path):
@@ -286,7 +306,7 @@ def test_accuracies_of_other_weights_are_not_joined(tmp_path):
     with torch.no_grad():
         model.head.bias[3] += 1e-3
     second = measure(model, tmp_path, 'second')
-    message = r'different networks: weights [0-9a-f]{12} \(raw\) and [0-9a-f]{12} \(averaged\); give results of one'
+    message = r'different networks: weights [0-9a-f]{12} \(raw\) and [0-9a-f]{12} \(averaged\)'
     content = json.loads(second.read_text())
     content['network']['weights_kind'] = 'averaged'
     second.write_text(json.dumps(content))
@@ -296,15 +316,13 @@ def test_accuracies_of_other_weights_are_not_joined(tmp_path):
 
 def test_a_model_card_takes_only_results_of_its_own_weights(tmp_path):
     model = small_digits()
-    results = load_results(measure(model, tmp_path, 'evaluate'))
-    for name, change in [('same', 0.), ('other', 1e-3)]:
-        with torch.no_grad():
-            model.head.bias[3] += change
-        torch.save(model.state_dict(), tmp_path / f'{name}.pth')
-    convert_checkpoint(tmp_path / 'same.pth', small_digits(), tmp_path / 'same', results)
+    results = measure(model, tmp_path, 'evaluate')
+    convert(model, tmp_path / 'same', results=results)
     assert 'top-1 [%]' in (tmp_path / 'same' / 'README.md').read_text()
-    with pytest.raises(ValueError, match=r'results are of another network than .*other\.pth: weights'):
-        convert_checkpoint(tmp_path / 'other.pth', small_digits(), tmp_path / 'other', results)
+    with torch.no_grad():
+        model.head.bias[3] += 1e-3
+    with pytest.raises(ValueError, match=r'of another network than .*: weights'):
+        convert(model, tmp_path / 'other', results=results)
     assert not (tmp_path / 'other').exists()
 
 
@@ -316,9 +334,9 @@ def test_a_network_stays_the_same_when_it_is_saved_and_loaded(tmp_path):
 
 def test_results_that_name_no_network_are_not_joined_with_some_that_do(tmp_path):
     unknown = save_rows(tmp_path, 'unknown', [dict(img_size=12, keep_rate=0.5, top1=80.0)])
-    with pytest.raises(ValueError, match='one of them does not say what its network is'):
+    with pytest.raises(ValueError, match='does not say what its network is'):
         merge_results([unknown, measure(small_digits(), tmp_path, 'profile')])
-    other = save_results(Results('other', load_results(unknown).rows), tmp_path, 'other')[0]
+    other = tmp_path / save_results(Results('other', load_results(unknown).rows), tmp_path, 'other')
     with pytest.raises(ValueError, match='different networks: model m and other'):
         merge_results([unknown, other])
 
@@ -335,7 +353,7 @@ def test_every_key_of_results_has_a_title_and_is_a_setting_a_cost_or_an_outcome(
 def test_what_rests_on_partial_results_is_partial_too(tmp_path, interrupted):
     point = dict(img_size=12, keep_rate=0.5)
     paths = [
-        save_results(Results('m', [dict(point, **row)], {'partial': i == interrupted}), tmp_path, name)[0]
+        tmp_path / save_results(Results('m', [dict(point, **row)], {'partial': i == interrupted}), tmp_path, name)
         for i, (name, row) in enumerate([('evaluate', dict(top1=80.0)), ('profile', dict(latency_ms=3.0))])]
     assert merge_results(paths).partial
     assert not merge_results([paths[1 - interrupted]]).partial
@@ -344,12 +362,14 @@ def test_what_rests_on_partial_results_is_partial_too(tmp_path, interrupted):
 # What tools have in common
 
 
-def tool_files():
-    return sorted((Path(timm_supervit.__file__).parent / 'tools').glob('*.py'))
+PACKAGE = Path(timm_supervit.__file__).parent
+ROOMS = ('images', 'loading', 'models', 'programs', 'results', 'tools', 'training')
 
 
-@pytest.mark.parametrize('path', tool_files(), ids=lambda path: path.name)
-def test_tools_return_what_they_found_and_print_nothing(path):
+@pytest.mark.parametrize(
+    'path', [path for room in ROOMS for path in sorted((PACKAGE / room).glob('*.py'))],
+    ids=lambda path: f'{path.parent.name}/{path.name}')
+def test_all_but_the_command_line_returns_what_it_found_and_prints_nothing(path):
     tree = ast.parse(path.read_text())
     imported = {
         name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
@@ -359,14 +379,17 @@ def test_tools_return_what_they_found_and_print_nothing(path):
 
 
 def test_every_tool_takes_the_macs_that_the_model_gives(tmp_path, monkeypatch):
-    model, subnet = make_model(), Subnet(16, 0.7)
-    monkeypatch.setattr(type(model), 'macs', lambda self, subnet: 1000 + subnet[0])
-    loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)], model, num_workers=0)
+    model, subnet, written = make_model(), Subnet(16, 0.7), []
+    monkeypatch.setattr(type(model), 'subnet_macs', lambda self, subnets=None: {subnet: 1016})
+    monkeypatch.setattr(
+        export_tool, 'write_program', lambda module, images, path, *_: [written.append(module), path.touch()])
+    monkeypatch.setattr(export_tool, 'load_program', lambda path: lambda images, *subnet: written[0](images))
+    Image.new('RGB', (24, 24)).save(tmp_path / 'image.png')
     counted = [
-        evaluate(model, loader, [subnet]).rows[0]['macs'],
+        evaluate(model, black_images(1), [subnet], workers=0).rows[0]['macs'],
         profile(model, [subnet], rounds=2).rows[0]['macs'],
-        find_kept_tokens(model, torch.zeros(3, 24, 24), [subnet])[0].macs,
-        export_model(model, tmp_path, 'pt2', [subnet])[0]['subnets'][0]['macs'],
+        visualize(model, [tmp_path / 'image.png'], [subnet]).results.rows[0]['macs'],
+        export(model, tmp_path / 'exported', 'pt2', [subnet])[0]['subnets'][0]['macs'],
     ]
     assert counted == [1016] * 4
 
@@ -378,8 +401,7 @@ def test_progress_is_told_what_is_done_and_how_many_steps_there_are():
         told.append((label, len(steps)))
         return steps
 
-    loader = create_evaluation_loader([(Image.new('RGB', (24, 24)), 0)] * 5, model, batch_size=2, num_workers=0)
-    evaluate(model, loader, progress=follow)
+    evaluate(model, black_images(5), batch_size=2, workers=0, progress=follow)
     profile(model, model.subnets[:2], rounds=3, progress=follow)
     assert told == [('Evaluating', 3), ('Preparing', 2), ('Measuring', 3)]
 
@@ -413,47 +435,36 @@ def count_one_by_one(model, folder):
     return counts
 
 
-def test_evaluation_counts_what_one_image_at_a_time_counts(tmp_path):
-    model, folder = make_model(), make_images(tmp_path)
-    loader = create_evaluation_loader(open_dataset(str(folder)), model, batch_size=4, num_workers=0)
-    results = evaluate(model, loader)
-    expected = count_one_by_one(model, folder)
+def test_evaluation_counts_what_one_image_at_a_time_counts(eleven):
+    model = make_model()
+    results = evaluate(model, eleven, batch_size=4, workers=0)
+    expected = count_one_by_one(model, eleven)
     assert {(row['img_size'], row['keep_rate']): [row['correct1'], row['correct5']] for row in results.rows} == expected
     assert len({tuple(count) for count in expected.values()}) > 1
     assert all(row['count'] == 11 and row['top1'] == 100 * row['correct1'] / 11 for row in results.rows)
-    assert results.info == {'partial': False, 'skipped': []}
+    assert (results.info['partial'], results.info['skipped']) == (False, [])
+    assert results.info['data_dir'] == str(eleven)
 
 
-def test_evaluation_leaves_the_mode_of_the_model_and_takes_the_subnets_asked_for(tmp_path):
+def test_evaluation_leaves_the_mode_of_the_model_and_takes_the_subnets_asked_for(eleven):
     model = make_model().train()
-    loader = create_evaluation_loader(open_dataset(str(make_images(tmp_path))), model, num_workers=0)
-    results = evaluate(model, loader, [(16, 0.7), (12, 0.3)], amp_dtype=torch.bfloat16)
+    results = evaluate(model, eleven, [(16, 0.7), (12, 0.3)], workers=0, precision='bfloat16')
     assert [(row['img_size'], row['keep_rate']) for row in results.rows] == [(16, 0.7), (12, 0.3)]
     assert model.training
     with pytest.raises(ValueError, match='img_size 17 is none of img_sizes'):
-        evaluate(model, loader, [(17, 0.7)])
-
-
-def break_image(folder):
-    path = folder / 'validation' / 'class1' / '4.png'
-    path.write_bytes(path.read_bytes()[:200])
-    return path
+        evaluate(model, eleven, [(17, 0.7)], workers=0)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path, workers):
-    model, folder = make_model(), make_images(tmp_path)
-    path = break_image(folder)
-    loader = create_evaluation_loader(open_dataset(str(folder)), model, batch_size=4, num_workers=workers)
+def test_an_unreadable_image_stops_the_run_and_is_named(damaged, workers):
+    folder, path = damaged
     with pytest.raises(OSError, match=rf'image {path} cannot be read \(.*truncated.*--skip-bad-images'):
-        evaluate(model, loader)
+        evaluate(make_model(), folder, [(12, 0.3)], batch_size=4, workers=workers)
 
 
-def test_unreadable_images_are_skipped_named_and_not_counted(tmp_path):
-    model, folder = make_model(), make_images(tmp_path)
-    path = break_image(folder)
-    loader = create_evaluation_loader(open_dataset(str(folder)), model, batch_size=4, num_workers=0)
-    results = evaluate(model, loader, skip_bad_images=True)
+def test_unreadable_images_are_skipped_named_and_not_counted(damaged):
+    model, (folder, path) = make_model(), damaged
+    results = evaluate(model, folder, batch_size=4, workers=0, skip_bad_images=True)
     path.unlink()
     assert results.info['skipped'] == [str(path)]
     assert {(row['img_size'], row['keep_rate']): [row['correct1'], row['correct5']] for row in results.rows} \
@@ -463,86 +474,74 @@ def test_unreadable_images_are_skipped_named_and_not_counted(tmp_path):
 
 def test_data_that_does_not_fit_is_refused_before_any_work(tmp_path):
     model = make_model()
-    with pytest.raises(FileNotFoundError, match=r"the folder of images '/nowhere' does not exist"):
+    with pytest.raises(FileNotFoundError, match="'/nowhere' does not exist"):
         open_dataset('/nowhere')
     (tmp_path / 'empty').mkdir()
     with pytest.raises(RuntimeError, match='Found 0 images'):
         open_dataset(str(tmp_path / 'empty'))
     folder = make_images(tmp_path / 'four', classes=4)
     with pytest.raises(ValueError, match='the data set has 4 classes and the model 3'):
-        create_evaluation_loader(open_dataset(str(folder)), model)
-    strange = [(Image.new('RGB', (24, 24)), 3)]
+        evaluate(model, folder)
     with pytest.raises(ValueError, match='class 3 of an image is none of the 3 classes'):
-        evaluate(model, create_evaluation_loader(strange, model, num_workers=0))
+        evaluate(model, black_images(1, target=3), workers=0)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_logits_that_are_not_finite_are_named_and_not_counted_as_class_0(value):
-    model, images = make_model(), [(Image.new('RGB', (24, 24)), 0)] * 3
+def test_logits_that_are_not_finite_are_named_and_not_counted_as_class_0(value, tmp_path):
+    model = make_model()
     with torch.no_grad():
         model.pos_embed_list[2][0, 5] = value  # one patch of 20 x 20 pixels
-    loader = create_evaluation_loader(images, model, num_workers=0)
-    assert evaluate(model, loader, [(16, 0.5), (24, 1.0)]).rows[0]['count'] == 3
+    assert evaluate(model, black_images(3), [(16, 0.5), (24, 1.0)], workers=0).rows[0]['count'] == 3
     message = r'subnet 20:1 gives logits that are not finite; check the weights'
     with pytest.raises(RuntimeError, match=message):
-        evaluate(model, loader, [(16, 0.5), (20, 1.0), (24, 1.0)])
+        evaluate(model, black_images(3), [(16, 0.5), (20, 1.0), (24, 1.0)], workers=0)
+    Image.new('RGB', (24, 24)).save(tmp_path / 'image.png')
     with pytest.raises(RuntimeError, match=message):
-        find_kept_tokens(model, torch.zeros(3, 24, 24), [Subnet(24, 1.0), Subnet(20, 1.0)])
+        visualize(model, [tmp_path / 'image.png'], [(24, 1.0), (20, 1.0)])
 
 
-class InterruptedLoader:
-    def __init__(self, loader, after):
-        self.loader, self.after = loader, after
-        self.dataset, self.sampler = loader.dataset, loader.sampler
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        for i, batch in enumerate(self.loader):
-            if i == self.after:
+def interrupt_after(count):
+    def follow(steps, label):
+        for i, step in enumerate(steps):
+            if i == count:
                 raise KeyboardInterrupt
-            yield batch
+            yield step
+
+    return follow
 
 
-def test_an_interrupted_evaluation_returns_what_was_counted(tmp_path):
+def test_an_interrupted_evaluation_returns_what_was_counted(eleven):
     model = make_model()
-    loader = create_evaluation_loader(open_dataset(str(make_images(tmp_path))), model, batch_size=4, num_workers=0)
-    results = evaluate(model, InterruptedLoader(loader, after=2))
+    results = evaluate(model, eleven, batch_size=4, workers=0, progress=interrupt_after(2))
     assert results.partial
     assert results.rows[0]['count'] == 8
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, InterruptedLoader(loader, after=0))
+        evaluate(model, eleven, batch_size=4, workers=0, progress=interrupt_after(0))
 
 
-DISTRIBUTED = '''
-import json, sys
-sys.path.insert(0, {tests!r})
-import torch.distributed as dist
-from test_tools import *
-dist.init_process_group('gloo')
-model = make_model()
-loader = create_evaluation_loader(
-    open_dataset({folder!r}), model, batch_size=2, num_workers=0, distributed=True)
-results = evaluate(model, loader, skip_bad_images=True)
-if dist.get_rank() == 0:
-    write_text({output!r}, json.dumps([results.rows, results.info]))
-dist.destroy_process_group()
-'''
+def evaluate_on_a_rank(rank, port, arguments, folder):
+    """Run the command as torchrun does; write down what it printed."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(port))
+    result = CliRunner().invoke(main, ['evaluate', *arguments, '--json'])
+    assert result.exit_code == 0, result.output
+    (folder / f'{rank}.json').write_text(result.stdout)
 
 
-def test_two_processes_count_eleven_images_exactly(tmp_path):
-    model, folder, output = make_model(), make_images(tmp_path / 'images'), tmp_path / 'results.json'
-    break_image(folder)
-    single = evaluate(
-        model, create_evaluation_loader(open_dataset(str(folder)), model, num_workers=0), skip_bad_images=True)
-    script = tmp_path / 'script.py'
-    script.write_text(DISTRIBUTED.format(tests=str(Path(__file__).parent), folder=str(folder), output=str(output)))
-    subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script)],
-        check=True, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert json.loads(output.read_text()) == [single.rows, single.info]
-    assert single.rows[0]['count'] == 10
+def test_two_processes_count_eleven_images_exactly_and_the_first_prints_it(damaged, tmp_path):
+    model, (folder, _) = make_model(), damaged
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    arguments = [
+        'supervit_digits', '--checkpoint', str(tmp_path / 'model.pth'), '--num-classes', str(CLASSES), '--device',
+        'cpu', '--data-dir', str(folder), '-b', '2', '--workers', '0', '--skip-bad-images', '--quiet']
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
+    run_ranks(evaluate_on_a_rank, port, arguments, tmp_path)
+    single = json.loads(CliRunner().invoke(main, ['evaluate', *arguments, '--json']).stdout)
+    assert json.loads((tmp_path / '0.json').read_text()) == single
+    assert (tmp_path / '1.json').read_text() == ''
+    assert single['rows'][0]['count'] == 10
 
 
 def load_validate_py():
@@ -558,8 +557,7 @@ def test_evaluation_equals_validate_py_for_each_subnet(tmp_path, amp):
     model, folder = make_model(), make_images(tmp_path / 'images', count=41)
     checkpoint, script = tmp_path / 'model.pth', load_validate_py()
     torch.save(model.state_dict(), checkpoint)
-    loader = create_evaluation_loader(open_dataset(str(folder)), model, batch_size=16, num_workers=0)
-    for row in evaluate(model, loader, amp_dtype=torch.bfloat16 if amp else None).rows:
+    for row in evaluate(model, folder, batch_size=16, workers=0, precision='bfloat16' if amp else 'float32').rows:
         published = script.validate(script.parser.parse_args([
             str(folder), '--model', 'supervit_digits', '--num-classes', str(CLASSES), '--checkpoint', str(checkpoint),
             '--device', 'cpu', '--batch-size', '16', '--workers', '0', *amp,

@@ -6,10 +6,10 @@ from click.testing import CliRunner
 from PIL import Image
 from reference import ReferenceSuperViT
 
-from timm_supervit import Subnet
 from timm_supervit.cli import main
-from timm_supervit.tools.results import load_results
-from timm_supervit.tools.visualize import class_name, draw_kept_tokens, find_kept_tokens, read_image
+from timm_supervit.loading.class_names import shown_class_names
+from timm_supervit.results.rows import load_results
+from timm_supervit.tools.visualize import draw_kept_tokens, find_kept_tokens, read_image, visualize
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def photo(tmp_path):
 
 def test_the_patches_that_are_left_are_those_that_the_class_token_attends_to_most(model, photo):
     image = read_image(photo, model)
-    found = find_kept_tokens(model, image, [Subnet(24, 0.5)])[0]
+    found = find_kept_tokens(model, image, model.subnet_macs([(24, 0.5)]))[0]
     reference = ReferenceSuperViT(
         (12, 16, 20, 24), (1, 2), patch_size=4, embed_dim=48, depth=3, num_heads=4, mlp_ratio=2., num_classes=10)
     reference.load_state_dict(model.state_dict())
@@ -42,7 +42,7 @@ def test_the_patches_that_are_left_are_those_that_the_class_token_attends_to_mos
 
 
 def test_each_block_drops_from_what_the_one_before_has_left(model, photo):
-    for row in find_kept_tokens(model, read_image(photo, model), [Subnet(24, 0.5), Subnet(12, 0.7)]):
+    for row in find_kept_tokens(model, read_image(photo, model), model.subnet_macs([(24, 0.5), (12, 0.7)])):
         assert list(row.kept) == [1, 2]
         assert not (row.kept[2] & ~row.kept[1]).any()
         assert row.kept[2].sum() < row.kept[1].sum()
@@ -51,7 +51,7 @@ def test_each_block_drops_from_what_the_one_before_has_left(model, photo):
 
 def test_the_prediction_is_that_of_the_subnet(model, photo):
     image = read_image(photo, model)
-    for row in find_kept_tokens(model, image, model.subnets):
+    for row in find_kept_tokens(model, image, model.subnet_macs()):
         with torch.no_grad():
             probabilities = model(image[None], **row.subnet._asdict()).softmax(dim=1)[0]
         assert row.prediction == f'class {probabilities.argmax()}'
@@ -60,32 +60,38 @@ def test_the_prediction_is_that_of_the_subnet(model, photo):
 
 def test_the_shown_image_is_the_photo_and_not_its_normalized_values(model, tmp_path):
     Image.new('RGB', (24, 24), (255, 0, 51)).save(tmp_path / 'red.png')
-    found = find_kept_tokens(model, read_image(tmp_path / 'red.png', model), [Subnet(16, 1.0)])[0]
+    found = find_kept_tokens(model, read_image(tmp_path / 'red.png', model), model.subnet_macs([(16, 1.0)]))[0]
     # Normalizing and back is exact to a few roundings of float32.
     np.testing.assert_allclose(found.image, np.broadcast_to([1, 0, 0.2], (16, 16, 3)), atol=1e-6)
 
 
 def test_classes_have_the_models_names_or_imagenets():
     digits = timm.create_model('supervit_digits', embed_dim=48, depth=2, drop_layers=(1,))
-    assert class_name(digits, 3) == 'class 3'
+    assert shown_class_names(digits)[3] == 'class 3'
     digits.pretrained_cfg['label_names'] = [f'digit {i}' for i in range(10)]
-    assert class_name(digits, 3) == 'digit 3'
+    assert shown_class_names(digits)[3] == 'digit 3'
     imagenet = timm.create_model('supervit_digits', embed_dim=48, depth=2, drop_layers=(1,), num_classes=1000)
-    assert class_name(imagenet, 207) == 'golden retriever'
+    assert shown_class_names(imagenet)[207] == 'golden retriever'
 
 
 def test_the_picture_shows_less_of_the_image_where_more_is_dropped(model, tmp_path):
     Image.new('RGB', (24, 24)).save(tmp_path / 'black.png')
-    found = find_kept_tokens(model, read_image(tmp_path / 'black.png', model), [Subnet(24, 0.5)])[0]
+    found = find_kept_tokens(model, read_image(tmp_path / 'black.png', model), model.subnet_macs([(24, 0.5)]))[0]
     darkness = []
     for kept in (np.zeros((6, 6), bool), found.kept[1], np.ones((6, 6), bool)):
-        draw_kept_tokens([found._replace(kept={1: kept})], tmp_path / 'picture.png')
+        draw_kept_tokens([found._replace(kept={1: kept})]).savefig(tmp_path / 'picture.png', dpi=200)
         picture = np.asarray(Image.open(tmp_path / 'picture.png').convert('L'))
-        assert picture.shape[1] == 1600
         darkness.append((picture < 20).sum())
     assert darkness[0] < darkness[1] < darkness[2]
     share = (darkness[1] - darkness[0]) / (darkness[2] - darkness[0])
     assert share == pytest.approx(19 / 36, abs=0.03)  # patches do not end on whole pixels of the picture
+
+
+def test_the_rows_say_how_many_patches_are_left_after_each_block(model, photo):
+    results, pictures = visualize(model, [photo], [(24, 0.5), (12, 1.0)])
+    # ceil(0.5 * 37 tokens) patches, then ceil(0.5 * 20); a rate of 1 drops nothing
+    assert [(row['image'], row['kept']) for row in results.rows] == [('photo', {1: 19, 2: 10}), ('photo', {})]
+    assert len(pictures) == 1
 
 
 @pytest.fixture

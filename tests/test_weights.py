@@ -163,7 +163,7 @@ def test_weights_of_rectangles_move_to_others_of_that_shape(create: Any) -> None
     model.load_state_dict(source.state_dict())
     torch.testing.assert_close(
         model.pos_embed_list[1], resample_abs_pos_embed(source.pos_embed_list[1], [8, 4], [6, 3]), **EXACT)
-    with pytest.raises(RuntimeError, match=r'2 patches are no square grid, nor one shaped like \[\(2, 2\)'):
+    with pytest.raises(RuntimeError, match=r'2 patches are no square.* \[\(2, 2\)'):
         create().load_state_dict(source.state_dict())
 
 
@@ -185,7 +185,7 @@ def test_it_reads_official_checkpoints_as_they_are(create: Any, tmp_path: Path, 
         'model': raw, 'model_ema': averaged, 'optimizer': optimizer.state_dict(), 'epoch': 299, 'scaler': {},
         'args': argparse.Namespace(lr=5e-4, output_dir=None, img_size_list=[128, 160, 192, 224]),
     }
-    with pytest.warns(UserWarning, match=r'averaged weights, model_ema; the published accuracies are of model'):
+    with pytest.warns(UserWarning, match=r'model_ema.* accuracies are of model\W'):
         assert_same_weights(load_by(route, create, checkpoint, tmp_path), averaged)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -643,7 +643,7 @@ def test_ranges_that_quantization_observed_load_back(create: Any, images: Tensor
     assert_same_weights(model, source.state_dict())
 
 
-@pytest.mark.parametrize('bits', ['qint8', 'qint4'])
+@pytest.mark.parametrize('bits', ['qint8', pytest.param('qint4', marks=pytest.mark.slow)])  # compiles C++
 @pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_tiny'])
 def test_weights_quantized_by_quanto_load_back(create: Any, images: Tensor, name: str, bits: str) -> None:
     quanto = pytest.importorskip('optimum.quanto')
@@ -859,7 +859,7 @@ def test_a_damaged_file_changes_nothing_and_is_named(create: Any, tmp_path: Path
     with pytest.raises((RuntimeError, EOFError, SafetensorError)):  # timm's own reading, with the error of its reader
         load_checkpoint(model, str(path))
     assert_same_weights(model, before)
-    with pytest.raises(RuntimeError, match=rf'(?s){re.escape(str(path))}: \S.*truncated or corrupt, download or save'):
+    with pytest.raises(RuntimeError, match=rf'(?s){re.escape(str(path))}: \S.*truncated or corrupt'):
         create(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=10))
 
 

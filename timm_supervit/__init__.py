@@ -6,17 +6,19 @@ from typing import Any
 from .registration import install_hooks
 
 __all__ = [
-    'Cascade', 'LabelMapDataset', 'Subnet', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer', 'TokenLabelTask']
+    'Cascade', 'LabelMapDataset', 'Subnet', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer', 'TokenLabelTask',
+    'load_model']
 
 # Where each public name lives. They are imported on first use (PEP 562), since this package is imported with torch.
 _NAMES = {
     'Cascade': '.cascade',
-    'LabelMapDataset': '.label_maps',
+    'LabelMapDataset': '.training.label_maps',
     'Subnet': '.subnets',
     'SuperLVViT': '.models.lvvit',
-    'SuperViTTask': '.task',
+    'SuperViTTask': '.training.task',
     'SuperVisionTransformer': '.models.supervit',
-    'TokenLabelTask': '.token_labels',
+    'TokenLabelTask': '.training.token_labels',
+    'load_model': '.loading.load',
 }
 
 install_hooks()

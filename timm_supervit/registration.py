@@ -14,8 +14,6 @@ from importlib.metadata import distribution
 from types import ModuleType
 from typing import Any
 
-__all__ = ['install_hooks']
-
 
 @functools.cache
 def install_hooks() -> None:

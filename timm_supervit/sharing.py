@@ -7,14 +7,12 @@ arithmetic on schedules only; ``SuperVisionTransformer.forward_features_subnets`
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ['Branch', 'plan_sharing']
-
 
 class Branch(NamedTuple):
     """Consecutive blocks that some subnets run as one, and what they part into behind them.
 
     Attributes:
-        members: The subnets, as places in the list that was planned.
+        members: The subnets, as indices of the list that was planned.
         num_patches: Patch tokens that enter the first of the blocks.
         blocks: The blocks, in order; it may be empty.
         drops: Patch tokens kept by those of the blocks that drop some.

@@ -8,43 +8,33 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-__all__ = [
-    'DISTILL_TEACHERS',
-    'TRAIN_SUBNETS',
-    'Size',
-    'Subnet',
-    'check_choice',
-    'check_drop_layers',
-    'check_img_size',
-    'check_img_sizes',
-    'check_keep_rate',
-    'check_keep_rates',
-    'check_patch_size',
-    'check_subnet',
-    'find_nearest_size',
-    'format_size',
-    'keep_schedule',
-    'plain_numbers',
-    'size_2d',
-    'sort_sizes',
-]
-
 TRAIN_SUBNETS = ('sandwich', 'all', 'active')
 DISTILL_TEACHERS = ('own_size', 'largest_size')
 
 Size = int | tuple[int, int]  # an image's side in pixels where it is square, (height, width) where it is not
 
 
-class Subnet(NamedTuple):
-    """One operating point of a super vision transformer.
+class _Pair(NamedTuple):
+    img_size: Size
+    keep_rate: float
+
+
+class Subnet(_Pair):
+    """One operating point of a super vision transformer; valid by being one.
 
     Attributes:
         img_size: Size of the image that the network sees, in pixels: its side, or (height, width) of a rectangle.
         keep_rate: Share of the tokens that each dropping block keeps, in (0, 1]; 1.0 drops nothing.
+
+    Raises:
+        ValueError: If a side is no positive whole number, or the rate is not in (0, 1].
     """
 
-    img_size: Size
-    keep_rate: float
+    __slots__ = ()
+
+    def __new__(cls, img_size: Any, keep_rate: Any) -> 'Subnet':
+        """Check both values, and put the size into the form of ``Size``."""
+        return super().__new__(cls, check_img_size(img_size), check_keep_rate(keep_rate))
 
     def __str__(self) -> str:
         """Return the subnet as the command line takes it, such as 160:0.7 or 256x128:0.7."""
@@ -73,11 +63,7 @@ def find_nearest_size(size: Size, sizes: Sequence[Size]) -> int:
 
 
 def check_img_size(img_size: Any) -> Size:
-    """Return an image size, given as a side or as (height, width), in the form of ``Size``.
-
-    Raises:
-        ValueError: If a side is no positive whole number.
-    """
+    """Return an image size, given as a side or as (height, width), in the form of ``Size``."""
     sides = tuple(img_size) if isinstance(img_size, Sequence) and not isinstance(img_size, str) else (img_size,) * 2
     if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, Integral) or s < 1 for s in sides):
         raise ValueError(f'img_size {img_size!r} is neither a positive whole number of pixels, as in img_size=224, '
@@ -87,12 +73,7 @@ def check_img_size(img_size: Any) -> Size:
 
 
 def check_img_sizes(img_sizes: Any, patch_size: int) -> tuple[Size, ...]:
-    """Return the image sizes of a grid as a tuple, by area.
-
-    Raises:
-        ValueError: If there is none, a side is not divisible by ``patch_size``, or they are not ascending by area, and
-            by height where areas are equal, without repeats.
-    """
+    """Return the image sizes of a grid as a tuple, by area."""
     sizes = tuple(check_img_size(size) for size in _as_sequence(img_sizes, 'img_sizes', '(128, 160, 192, 224)'))
     for size in sizes:
         for side in size_2d(size):
@@ -107,11 +88,7 @@ def check_img_sizes(img_sizes: Any, patch_size: int) -> tuple[Size, ...]:
 
 
 def check_patch_size(patch_size: Any) -> int:
-    """Return a patch size, given as a side or as an equal (height, width) pair, as its side in pixels.
-
-    Raises:
-        ValueError: If a side is no positive whole number or patches are not square.
-    """
+    """Return a patch size, given as a side or as an equal (height, width) pair, as its side in pixels."""
     side = check_img_size(patch_size)
     if not isinstance(side, int):
         raise ValueError(f'patch_size {patch_size} is not square; give one side in pixels, as in patch_size=16')
@@ -119,11 +96,7 @@ def check_patch_size(patch_size: Any) -> int:
 
 
 def check_keep_rate(keep_rate: Any) -> float:
-    """Return a keep rate as a float.
-
-    Raises:
-        ValueError: If it is not in (0, 1].
-    """
+    """Return a keep rate as a float."""
     if not isinstance(keep_rate, Real):  # first, since the compiler cannot ask its numbers for attributes
         keep_rate = plain_numbers(keep_rate)
     if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or not 0 < float(keep_rate) <= 1:
@@ -132,11 +105,7 @@ def check_keep_rate(keep_rate: Any) -> float:
 
 
 def check_keep_rates(keep_rates: Any) -> tuple[float, ...]:
-    """Return the keep rates of a grid as an ascending tuple.
-
-    Raises:
-        ValueError: If there is none, one is not in (0, 1], or one is repeated.
-    """
+    """Return the keep rates of a grid as an ascending tuple."""
     rates = tuple(check_keep_rate(rate) for rate in _as_sequence(keep_rates, 'keep_rates', '(0.5, 0.7, 1.0)'))
     if len(set(rates)) < len(rates):
         raise ValueError(f'keep_rates {rates} repeat a rate; use {tuple(sorted(set(rates)))}')
@@ -144,27 +113,26 @@ def check_keep_rates(keep_rates: Any) -> tuple[float, ...]:
 
 
 def check_subnet(subnet: Any, img_sizes: Sequence[Size]) -> Subnet:
-    """Return a pair (img_size, keep_rate) as a subnet of a grid; its rate need not be one of the grid's.
+    """Return a pair (img_size, keep_rate) as a subnet of a grid; its rate need not be one of the grid's."""
+    if not isinstance(subnet, Subnet):
+        if isinstance(subnet, str) or not isinstance(subnet, Sequence) or len(subnet) != 2:
+            raise ValueError(f'subnet {subnet!r} is no pair (img_size, keep_rate), as in ({img_sizes[-1]}, 0.7)')
+        subnet = Subnet(*subnet)
+    find_size(subnet.img_size, img_sizes)
+    return subnet
 
-    Raises:
-        ValueError: If it is no such pair, the size is none of ``img_sizes``, or the rate is not in (0, 1].
-    """
-    if isinstance(subnet, str) or not isinstance(subnet, Sequence) or len(subnet) != 2:
-        raise ValueError(f'subnet {subnet!r} is no pair (img_size, keep_rate), as in ({img_sizes[-1]}, 0.7)')
-    img_size, keep_rate = check_img_size(subnet[0]), check_keep_rate(subnet[1])
+
+def find_size(img_size: Size, img_sizes: Sequence[Size]) -> int:
+    """Return the index of a size in a grid, which must have it."""
     if img_size not in img_sizes:
         raise ValueError(
             f'img_size {img_size} is none of img_sizes {tuple(img_sizes)}; '
             f'choose one of them, or a model of img_sizes that has it')
-    return Subnet(img_size, keep_rate)
+    return img_sizes.index(img_size)
 
 
 def check_drop_layers(drop_layers: Any, depth: int) -> tuple[int, ...]:
-    """Return the indices of the blocks that drop tokens, counted from 0, as an ascending tuple.
-
-    Raises:
-        ValueError: If an index is not in [0, depth) or is repeated.
-    """
+    """Return the indices of the blocks that drop tokens, counted from 0, as an ascending tuple."""
     drop_layers = plain_numbers(drop_layers)
     layers = tuple(drop_layers) if isinstance(drop_layers, Sequence) else (drop_layers,)
     for layer in layers:
@@ -178,11 +146,7 @@ def check_drop_layers(drop_layers: Any, depth: int) -> tuple[int, ...]:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Return the value of a setting that is one of several words.
-
-    Raises:
-        ValueError: If it is none of ``choices``.
-    """
+    """Return the value of a setting that is one of several words."""
     if value not in choices:
         raise ValueError(f'{name} {value!r} is unknown; use one of {", ".join(choices)}')
     return str(value)

@@ -1,4 +1,4 @@
-"""Everything that this package changes in timm and torch: one function for each place without a door.
+"""Everything that this package changes in timm: one function for each place without a door.
 
 A patch of timm takes the module that it hangs on, once timm has imported it. It looks up all it needs before it changes
 anything, so one that fails leaves timm as it was; ``registration`` makes that failure a warning with its cause.
@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
-
-__all__ = ['PATCHES', 'Patch', 'allow_recompilation']
 
 
 class Patch(NamedTuple):
@@ -59,7 +57,8 @@ def create_supervit_task(tasks: Any) -> None:
 
 
 def _choose_task(cls: type, model: Any, classification_task: type) -> type:
-    from .task import SuperViTTask, find_supervit
+    from .models.supervit import find_supervit
+    from .training.task import SuperViTTask
 
     supervit = find_supervit(model)
     if supervit is None or issubclass(cls, SuperViTTask):
@@ -88,7 +87,7 @@ def name_unreadable_checkpoint(tasks: Any) -> None:
         try:
             return resume_task_checkpoint(task, checkpoint_path, *args, **kwargs)
         except Exception as error:
-            ours = sys.modules.get(f'{__package__}.task')
+            ours = sys.modules.get(f'{__package__}.training.task')
             if ours is None or not isinstance(task, ours.SuperViTTask) or isinstance(error, FileNotFoundError):
                 raise
             raise RuntimeError(
@@ -144,7 +143,7 @@ def read_label_maps(data: Any) -> None:
         dataset = create_dataset('', *args, **kwargs)
         if not kwargs.get('is_training'):
             return dataset
-        from .label_maps import LabelMapDataset
+        from .training.label_maps import LabelMapDataset
 
         return LabelMapDataset(dataset, label_root, num_classes=1 + max(dataset.reader.class_to_idx.values()))
 
@@ -192,20 +191,6 @@ def _look_up(module: Any, name: str) -> Any:
     if name not in vars(module):
         raise AttributeError(f'{module.__name__} has no {name}')
     return vars(module)[name]
-
-
-def allow_recompilation() -> bool:
-    """Let ``torch.compile`` keep a graph for every subnet; called when a SuperViT is compiled.
-
-    Why: a call that names another subnet is compiled anew, and after the eighth graph of one function torch runs it
-    eagerly, with no more than a line in its log. Only newer releases of torch let who compiles choose the number.
-    Hangs on: ``torch._dynamo.config.cache_size_limit``, named ``recompile_limit`` too since torch 2.7.
-    Goes when: torch raises the number, or lets a module choose its own.
-    """
-    import torch._dynamo.config as config
-
-    config.cache_size_limit = max(config.cache_size_limit, 64)
-    return True
 
 
 PATCHES = (

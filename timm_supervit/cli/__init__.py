@@ -9,10 +9,8 @@ try:
 except ImportError:
     sys.exit('supervit needs the extra "tools": pip install "timm-supervit[tools]"')
 
-from ..tools.text import visible
+from ..results.text import visible
 from .stdout import LAYOUT, escape_unencodable
-
-__all__ = ['main']
 
 # Each is the click command ``command`` in the file of its name. The help stands here so that listing imports nothing.
 _COMMANDS = {

@@ -4,47 +4,31 @@ from typing import Any
 import click
 
 from ..subnets import Subnet
-from .options import (
-    Command,
-    SubnetType,
-    class_names_option,
-    create_model,
-    device_option,
-    json_option,
-    model_options,
-    resolve_device,
-    workers_option,
-)
+from . import base, loading, options
 from .stdout import echo, print_json
 
-__all__ = ['command']
 
-
-@json_option
-@click.command(cls=Command)
-@model_options
-@class_names_option
+@base.json_option
+@click.command(cls=base.Command)
+@options.model_options
+@options.class_names_option
 @click.option('--format', type=click.Choice(['onnx', 'pt2']), required=True, help='Format of the files.')
 @click.option(
-    '--subnet', 'subnets', multiple=True, type=SubnetType(),
+    '--subnet', 'subnets', multiple=True, type=options.SubnetType(),
     help='Write this subnet as a file of static shapes; may be repeated (default: one file of all subnets).')
 @click.option('--quantize', type=click.Choice(['int8']), help='Quantize linear layers, for format onnx.')
 @click.option(
     '--calibration-data', type=click.Path(file_okay=False), metavar='DIR',
-    help='Folder of images to find the ranges of activations by (default: find them at each call).')
-@click.option(
-    '--data-dir', metavar='DIR',
-    help='Folder of a data set, a folder of images for each class, to compare the accuracy of int8 and float32 on.')
-@workers_option
+    help='Folder of images by which to find the ranges of activations (default: find them in each batch).')
+@options.workers_option
 @click.option('--output', type=click.Path(file_okay=False), metavar='DIR', required=True, help='Folder for the files.')
-@device_option
+@options.device_option
 def command(
         model: str,
         format: str,
         subnets: tuple[Subnet, ...],
         quantize: str | None,
         calibration_data: str | None,
-        data_dir: str | None,
         workers: int,
         output: str,
         device: str | None,
@@ -52,67 +36,46 @@ def command(
 ) -> None:
     """Write MODEL as a file that runs all its subnets without this package.
 
-    MODEL is a name, or a checkpoint of train.py, which knows its model and settings.
+    MODEL is a name or a checkpoint of train.py, which knows its model and settings.
 
-    The file takes images of any size and number, the image size and the keep rate of the subnet to run. With --subnet
+    The file takes images of any size and number, and the image size and keep rate of the subnet to run. With --subnet
     there is one file for each of these instead, which takes images of the model's largest size and resizes them.
-    Beside each file is a manifest: how to prepare images, how to call it, MACs and SHA-256. Each file is loaded again
-    and compared with the model before any is put into the folder. A pt2 program runs on the device that it was
-    exported on. --quantize int8 prints how its latency and size compare with float32, and with --data-dir how its
-    accuracy does, and what share of the kept patches is the same.
+    Beside each file is a manifest: how to prepare images, how to call it, MACs and SHA-256. Every file is loaded again
+    and compared with the model before any is put into the folder. A pt2 program runs on the device on which it was
+    exported.
+
+    "supervit evaluate", "profile", "cascade" and "predict" take the files as they take models: they tell what
+    --quantize int8 gains and what it costs.
 
     \b
     Examples:
       supervit export model_best.pth.tar --format onnx --output exported
-      supervit export model_best.pth.tar --format onnx --quantize int8 --data-dir imagenet --output exported
+      supervit export model_best.pth.tar --format onnx --quantize int8 --output exported
       supervit export model_best.pth.tar --format onnx --subnet 160:0.7 --subnet 224:1.0 --output exported
     """
-    if not quantize and (calibration_data or data_dir):
-        raise click.UsageError('--calibration-data and --data-dir are for --quantize int8; add it or leave them out.')
+    if calibration_data and not quantize:
+        raise click.UsageError('--calibration-data is for --quantize int8; add it or leave it out.')
 
-    from ..tools.data import create_evaluation_loader, open_dataset
-    from ..tools.export import Int8, export_model
-    from ..tools.files import check_output_folder
-    from ..tools.quantize import create_calibration_loader
+    from ..results.files import check_output_folder
+    from ..tools.export import export
     from .progress import track
     from .tables import list_table, print_table
 
     check_output_folder(output)
-    network = create_model(model, **settings).to(resolve_device('cpu' if quantize else device))
-    int8 = None
-    if quantize:
-        int8 = Int8(
-            create_calibration_loader(calibration_data, network, workers) if calibration_data else None,
-            create_evaluation_loader(open_dataset(data_dir), network, 64, workers) if data_dir else None)
-    manifests = export_model(network, output, format, subnets, int8, track)
+    loaded = loading.load(
+        model, takes_files=False, device=loading.resolve_device('cpu' if quantize else device), **settings)
+    manifests = export(
+        loaded, output, format, subnets, quantize=quantize, calibration_data=calibration_data, workers=workers,
+        progress=track)
     print_json(manifests)
     for manifest in manifests:
-        print_table(list_table(_rows(manifest), _columns(manifest), title=manifest['file']))
+        print_table(list_table(manifest['subnets'], ['img_size', 'keep_rate', 'macs'], title=manifest['file']))
         echo(_summary(manifest))
 
 
-def _rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    compared = manifest.get('comparison')
-    if not compared:
-        return manifest['subnets']
-    return [
-        {**one, **{f'int8_{key}': other[key] for key in ('top1', 'latency_ms') if key in other},
-         'kept_same': other.get('kept_same')}
-        for one, other in zip(compared[::2], compared[1::2], strict=True)]
-
-
-def _columns(manifest: dict[str, Any]) -> list[str]:
-    compared = ['top1', 'int8_top1', 'kept_same', 'latency_ms', 'int8_latency_ms']
-    return ['img_size', 'keep_rate', 'macs', *(key for key in compared if _rows(manifest)[0].get(key) is not None)]
-
-
 def _summary(manifest: dict[str, Any]) -> str:
-    text = f'{manifest["file"]}: {manifest["bytes"] / 2 ** 20:.1f} MiB'
-    if manifest['precision'] == 'float32':
-        return f'{text}, differs from the model by {max(manifest["max_difference"].values()):.1e} at most on logits'
-    text += f', {manifest["bytes"] / manifest["float32_bytes"]:.2f} of float32'
-    rows = _rows(manifest)
-    if 'top1' in rows[0]:
-        gain = sum(row['int8_top1'] - row['top1'] for row in rows) / len(rows)
-        text += f'; top-1 {gain:+.2f} points in the mean over subnets, on {rows[0]["count"]} images'
-    return text
+    size = f'{manifest["file"]}: {manifest["bytes"] / 2 ** 20:.1f} MiB'
+    if manifest['precision'] == 'int8':
+        size += f', {manifest["bytes"] / manifest["float32_bytes"]:.2f} of float32'
+    largest = max(manifest['max_difference'].values())
+    return f'{size}, differs from the model by {largest:.1e} at most on logits'

@@ -8,13 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .stdout import is_quiet, note
 
-__all__ = ['track']
-
 _SECONDS_BETWEEN_LINES = 20
 
 
 def track(steps: Iterable[Any], label: str) -> Iterable[Any]:
-    """Return the steps, and show how many are done and how long the rest will take; see ``tools/progress.py``."""
+    """Return the steps, and show how many are done and how long the rest will take; see ``timm_supervit.tools``."""
     console = Console(stderr=True)
     if is_quiet():
         return steps

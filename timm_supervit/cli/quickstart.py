@@ -1,14 +1,11 @@
 """``supervit quickstart``: one command that shows the whole way."""
-from dataclasses import asdict
-
 import click
 
-from . import options
-from .stdout import echo, print_json
+from . import base
 
 
-@options.json_option
-@click.command(cls=options.Command)
+@base.json_option
+@click.command(cls=base.Command)
 @click.option(
     '--output', type=click.Path(file_okay=False), default='output/digits', show_default=True, metavar='DIR',
     help='Folder to save the model, the table and the picture in.')
@@ -16,18 +13,19 @@ from .stdout import echo, print_json
 def command(output: str, seed: int) -> None:
     """Train a small SuperViT on handwritten digits and show what each of its subnets can do.
 
-    Takes minutes on a CPU and downloads nothing. The folder holds the model, which
-    timm.create_model("local-dir:DIR", pretrained=True) loads, evaluate.json, evaluate.csv and evaluate.png, and the
-    360 held-out digits as images, for the other commands: --data-dir DIR.
+    Takes minutes on a CPU and downloads nothing. The folder then holds the model, which
+    timm.create_model("local-dir:DIR", pretrained=True) loads; evaluate.json, evaluate.csv and evaluate.png; and the 360
+    held-out digits as images, which the other commands take as --data-dir DIR.
 
     \b
     supervit quickstart --output output/digits
     """
     from ..tools.quickstart import quickstart
     from .progress import track
-    from .tables import print_grids
+    from .report import report
+    from .tables import grid_table
 
     results = quickstart(output, seed, progress=track)
-    print_json(asdict(results))
-    print_grids(results, ['top1', 'macs'])
-    echo(f'Saved to {output}.')
+    report(
+        results, None, '', tables=[[grid_table(results.rows, key) for key in ('top1', 'macs')]],
+        lines=[f'Saved to {output}.'])

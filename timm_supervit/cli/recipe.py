@@ -1,8 +1,8 @@
 """``supervit recipe``: print a training recipe."""
 import click
 
-from ..tools.recipes import read_recipe, recipe_names
-from .options import Command
+from ..tools.recipe import recipe, recipe_names
+from .base import Command
 from .stdout import write
 
 
@@ -13,4 +13,4 @@ from .stdout import write
 @click.argument('name', type=click.Choice(recipe_names()), metavar='NAME')
 def command(name: str) -> None:
     """Print the recipe NAME as the YAML that timm's train.py reads with -c."""
-    write(read_recipe(name))
+    write(recipe(name))

@@ -1,6 +1,6 @@
 """Writing results to stdout, as text or as JSON, and notes to stderr.
 
-Results are saved by then, so what cannot be printed loses nothing, and is said or, in a closed pipe, expected.
+What is printed is saved by then, so what cannot be printed loses nothing, and is said or, in a closed pipe, expected.
 """
 import codecs
 import contextlib
@@ -13,20 +13,7 @@ from typing import Any
 
 import click
 
-from ..tools.text import visible
-
-__all__ = [
-    'JSON',
-    'LAYOUT',
-    'QUIET',
-    'echo',
-    'escape_unencodable',
-    'is_quiet',
-    'note',
-    'print_json',
-    'wants_json',
-    'write',
-]
+from ..results.text import visible
 
 LAYOUT = '\n\t'  # control characters that messages may hold
 # Keys of click's ``Context.meta``: whether stdout is to be JSON alone, and stderr to hold nothing but errors.
@@ -67,13 +54,8 @@ def print_json(content: Any) -> None:
         write(json.dumps(content, indent=2) + '\n')
 
 
-def write(text: str, err: bool = False) -> None:
-    """Write text to stdout, or to stderr, as it is.
-
-    Raises:
-        click.ClickException: If it takes no more, such as a full disk; the message says where the results are.
-        click.exceptions.Exit: With 141, if nobody reads any more, as in ``supervit ... | head -1``.
-    """
+def write(text: str, err: bool = False, saved: str = 'the results are complete') -> None:
+    """Write text to stdout, or to stderr, as it is; if that fails, say what is ``saved`` in --output."""
     stream = sys.stderr if err else sys.stdout
     try:
         click.echo(text, stream, nl=False)
@@ -83,9 +65,9 @@ def write(text: str, err: bool = False) -> None:
         if isinstance(error, BrokenPipeError):
             raise click.exceptions.Exit(CLOSED_PIPE) from error
         output = click.get_current_context().params.get('output')
-        saved = f'; the results are complete in {output}' if output else ''
+        remains = f'; {saved} in {output}' if output else ''
         name = 'stderr' if err else 'stdout'
-        raise click.ClickException(f'{name} could not be written ({error.strerror}){saved}') from error
+        raise click.ClickException(f'{name} could not be written ({error.strerror}){remains}') from error
 
 
 def escape_unencodable() -> None:

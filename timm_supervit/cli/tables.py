@@ -14,12 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ..results.rows import Row, column_of, heading_of
+from ..results.text import visible
 from ..subnets import format_size, sort_sizes
-from ..tools.results import Results, Row, column_of, heading_of
-from ..tools.text import visible
 from .stdout import wants_json, write
-
-__all__ = ['UncutTable', 'grid_table', 'list_table', 'print_grids', 'print_table']
 
 _GAP = 2  # between columns
 _NAME_WIDTH = 16  # down to which names in a column may be broken
@@ -136,8 +134,3 @@ class _Memory(io.StringIO):
     def __init__(self, encoding: str) -> None:
         super().__init__()
         self.encoding = encoding
-
-
-def print_grids(results: Results, keys: Sequence[str]) -> None:
-    """Print columns of the results as tables of image sizes x keep rates."""
-    print_table(*(grid_table(results.rows, key) for key in keys))

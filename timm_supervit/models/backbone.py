@@ -35,8 +35,6 @@ from .supervit import SuperVisionTransformer, create_supervit
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock
 from .weights import checkpoint_filter_fn, read_backbone
 
-__all__: list[str] = []  # register_model adds the factory
-
 DEFAULT_BACKBONE = 'deit_small_patch16_224'  # the paper's
 
 _CLASSES = {

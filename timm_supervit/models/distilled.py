@@ -6,8 +6,6 @@ from timm.models import VisionTransformerDistilled
 
 from .supervit import SuperVisionTransformer
 
-__all__ = ['SuperVisionTransformerDistilled']
-
 
 class SuperVisionTransformerDistilled(SuperVisionTransformer, VisionTransformerDistilled):
     """SuperViT with timm's distilled DeiT as its backbone.

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ['count_positions', 'get_reduction']
-
 
 def get_reduction(stem: nn.Module) -> int:
     """Return by how much a stem makes an image smaller, in each direction."""

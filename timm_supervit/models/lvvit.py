@@ -22,8 +22,6 @@ from .mix_token import Box, scale_box, swap_box
 from .supervit import SuperVisionTransformer, create_supervit, linear_macs, supervit_cfg
 from .token_keeping import TokenKeepingBlock
 
-__all__ = ['SuperLVViT']  # register_model adds each factory
-
 
 class ConvStem(PatchEmbed):
     """timm's patch embedding after three convolutions with BatchNorm, the first of which halves the image.
@@ -94,9 +92,11 @@ class Scale(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the product."""
         return x * self.factor
 
     def extra_repr(self) -> str:
+        """Return the factor for ``print``."""
         return f'factor={self.factor}'
 
 
@@ -124,7 +124,7 @@ class SuperLVViT(SuperVisionTransformer):
         dense_weight: Weight of the patch tokens' loss.
     """
 
-    task_class = 'timm_supervit.token_labels:TokenLabelTask'
+    task_class = 'timm_supervit.training.token_labels:TokenLabelTask'
 
     def __init__(
             self,
@@ -193,14 +193,16 @@ class SuperLVViT(SuperVisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._create_aux_head()
 
-    def _head_macs(self, num_patches: int) -> int:
-        return super()._head_macs(num_patches) + num_patches * linear_macs(self.aux_head)
+    def head_macs(self, num_patches: int) -> int:
+        """Count both heads; the second reads every patch."""
+        return super().head_macs(num_patches) + num_patches * linear_macs(self.aux_head)
 
-    def _embed_macs(self, num_patches: int) -> int:
+    def embed_macs(self, num_patches: int) -> int:
+        """Count the convolutions of the stem too."""
         stem = self.patch_embed
         pixels = num_patches * _halve(stem.patch_size[0]) ** 2
         convs = sum(linear_macs(conv) for conv in (stem.conv1, stem.conv2, stem.conv3))
-        return super()._embed_macs(num_patches) + pixels * convs
+        return super().embed_macs(num_patches) + pixels * convs
 
     def embed_patches(self, x: Tensor, mix_box: Box | None = None) -> Tensor:
         """Turn images [B, C, H, W] into patch tokens [B, N, D].
@@ -227,7 +229,8 @@ class SuperLVViT(SuperVisionTransformer):
         return self.aux_head(self.head_drop(self.fc_norm(x[:, self.num_prefix_tokens:])))
 
     @property
-    def _head_reads_patches(self) -> bool:
+    def head_reads_patches(self) -> bool:
+        """Yes: the second head classifies them."""
         return True
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -271,7 +274,7 @@ class SuperLVViT(SuperVisionTransformer):
         if mix_box is None or isinstance(mix_box, torch.fx.Proxy) or subnets is None:
             return super().forward(x, attn_mask, is_causal, img_size, keep_rate, subnets)
         first = check_subnet(subnets[0], self.img_sizes)
-        if self._schedule(first):
+        if self.schedule(first):
             raise ValueError(
                 f'subnet {first} drops tokens, and token labels need all; put a subnet of keep_rate 1.0 first')
         with_patches = [i == 0 for i in range(len(subnets))]
@@ -302,7 +305,6 @@ def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
     return supervit_cfg(**dict(dict(
         url=f'https://github.com/zihangJiang/TokenLabeling/releases/download/{file}',
         crop_pct=0.9, first_conv='patch_embed.conv1', classifier=('head', 'aux_head')), **kwargs))
-
 
 default_cfgs = generate_default_cfgs({
     'supervit_lvvit_tiny.lvvit_in1k': _cfg('v0.2.0/lvvit_t.pth'),

@@ -10,8 +10,6 @@ import random
 import torch
 from torch import Tensor
 
-__all__ = ['Box', 'box_share', 'draw_box', 'scale_box', 'swap_box']
-
 Box = tuple[int, int, int, int]  # row0, col0, row1, col1, half-open, in patches
 
 

@@ -6,9 +6,10 @@ Official code: https://github.com/lmbxmu/SuperViT
 The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
 tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
 """
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from timm.layers import (
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..sharing import Branch, plan_sharing
@@ -43,16 +45,15 @@ from ..subnets import (
     check_patch_size,
     check_subnet,
     find_nearest_size,
+    find_size,
     keep_schedule,
     size_2d,
     sort_sizes,
 )
-from ..timm_patches import allow_recompilation
+from .compiling import UncompiledDropPath, allow_recompilation_in_graph
 from .hybrid_stem import count_positions
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock, select_tokens
 from .weights import adapt_state_dict, check_names, checkpoint_filter_fn, plain_views
-
-__all__ = ['SuperVisionTransformer']  # register_model adds each factory
 
 
 @torch.fx.wrap
@@ -101,19 +102,6 @@ class PositionEmbeddings(nn.ParameterList):
         start = sum(self[i].shape[1] for i in range(index))
         return torch.cat(list(self), dim=1)[:, start:start + self[index].shape[1]]
 
-
-_allow_recompilation = torch.compiler.assume_constant_result(allow_recompilation)  # runs while a graph is traced
-
-
-class UncompiledDropPath(DropPath):
-    """timm's stochastic depth, outside compiled graphs: its rate, a constant in a graph, differs in every block."""
-
-    _drop = torch.compiler.disable(DropPath.forward)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._drop(x) if self.training else x
-
-
 class SuperVisionTransformer(VisionTransformer):
     """Vision transformer that runs at any of several image sizes and keep rates.
 
@@ -125,7 +113,8 @@ class SuperVisionTransformer(VisionTransformer):
         task_class: The task that trains the model, as module:name. The settings are attributes, too, by their names.
     """
 
-    task_class = 'timm_supervit.task:SuperViTTask'
+    task_class = 'timm_supervit.training.task:SuperViTTask'
+    pretrained_cfg: Any  # timm's builder sets it
     class_tokens: tuple[str, ...] = ('cls_token',)  # parameters; with the register tokens they are the prefix tokens
     pos_embed_resampling: dict[str, Any] = {}  # how a plain one is, where not as ``resample_abs_pos_embed`` does
     _stem_positions: dict[str, int] = {}  # at how many each convolution of a stem is computed for one of its map
@@ -221,8 +210,7 @@ class SuperVisionTransformer(VisionTransformer):
     @property
     def subnets(self) -> list[Subnet]:
         """All subnets of the grid, cheapest first."""
-        grid = [Subnet(img_size, keep_rate) for img_size in self.img_sizes for keep_rate in self.keep_rates]
-        return sorted(grid, key=self.macs)
+        return list(self.subnet_macs())
 
     @property
     def subnet(self) -> Subnet:
@@ -255,15 +243,45 @@ class SuperVisionTransformer(VisionTransformer):
         """Prefix tokens that have an entry in the position embeddings."""
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
+    @property
+    def fixed_setting(self) -> dict[str, str]:
+        """No precision or runtime is the only one."""
+        return {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    def schedule(self, subnet: Subnet) -> dict[int, int]:
+        """Return how many patches each block keeps that drops some in a subnet of this model, see ``keep_schedule``."""
+        return keep_schedule(self.num_patches(subnet.img_size), subnet.keep_rate, self.drop_layers, len(self.blocks))
+
+    def parting_block(self, subnet: Subnet, other: Subnet) -> int | None:
+        """Return the block in which two subnets part, of which all before is common to them; None if nothing is."""
+        if subnet.img_size != other.img_size:
+            return None
+        one, two = self.schedule(subnet), self.schedule(other)
+        return min((block for block in {**one, **two} if one.get(block) != two.get(block)), default=len(self.blocks))
+
+    def subnet_macs(self, subnets: Iterable[tuple[Size, float]] | None = None) -> dict[Subnet, int]:
+        """Return subnets (default: all of the grid, cheapest first) with their multiply-accumulates, see ``macs``."""
+        if subnets is not None:
+            return {subnet: self._macs(subnet) for subnet in (check_subnet(pair, self.img_sizes) for pair in subnets)}
+        grid = itertools.starmap(Subnet, itertools.product(self.img_sizes, self.keep_rates))
+        return dict(sorted(((subnet, self._macs(subnet)) for subnet in grid), key=lambda item: item[1]))
+
     def macs(self, subnet: tuple[Size, float], before: int | None = None) -> int:
         """Return the multiply-accumulates of a subnet for one image: patch embedding, blocks, pooling and head.
 
         They are those that torch's flop counter sees in ``forward``. With ``before``, only those of what runs before
         this block.
         """
-        subnet = check_subnet(subnet, self.img_sizes)
-        num_patches, schedule = self.num_patches(subnet.img_size), self._schedule(subnet)
-        macs = self._embed_macs(num_patches)
+        return self._macs(check_subnet(subnet, self.img_sizes), before)
+
+    def _macs(self, subnet: Subnet, before: int | None = None) -> int:
+        schedule, num_patches = self.schedule(subnet), self.num_patches(subnet.img_size)
+        macs = self.embed_macs(num_patches)
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
             if i == before:
@@ -272,15 +290,17 @@ class SuperVisionTransformer(VisionTransformer):
             macs += num_tokens * linear_macs(block.attn) + 2 * num_tokens ** 2 * block.attn.attn_dim
             num_patches = schedule.get(i, num_patches)
             macs += (num_patches + self.num_prefix_tokens) * linear_macs(block.mlp)
-        return macs + self._head_macs(num_patches)
+        return macs + self.head_macs(num_patches)
 
-    def _embed_macs(self, num_patches: int) -> int:
+    def embed_macs(self, num_patches: int) -> int:
+        """Return the multiply-accumulates of the patch embedding, for ``macs``."""
         stem, macs = self.patch_embed, num_patches * linear_macs(self.patch_embed.proj)
         num_positions = num_patches * math.prod(stem.patch_size)  # of a convolutional stem's map
         return macs + num_positions * sum(
             count * linear_macs(stem.backbone.get_submodule(name)) for name, count in self._stem_positions.items())
 
-    def _head_macs(self, num_patches: int) -> int:
+    def head_macs(self, num_patches: int) -> int:
+        """Return the multiply-accumulates of pooling and head, for ``macs``."""
         num_tokens, pool = num_patches + self.num_prefix_tokens, self.attn_pool
         heads: Any = self.get_classifier()  # a pair of them in timm's distilled networks
         macs = sum(map(linear_macs, heads if isinstance(heads, tuple) else (heads,)))
@@ -290,6 +310,11 @@ class SuperVisionTransformer(VisionTransformer):
             rest = linear_macs(pool) - linear_macs(pool.kv) + 2 * num_keys * self.embed_dim
             return macs + num_keys * linear_macs(pool.kv) + pool.latent_len * rest
         return macs + 2 * num_tokens ** 2 * self.embed_dim * (self.global_pool == 'prr')
+
+    @property
+    def backbone_name(self) -> str | None:
+        """Name of the ViT of timm that ``create_model('supervit', backbone=...)`` made it of."""
+        return getattr(self, '_model_args', {}).get('backbone')
 
     def record_settings(self, **settings: Any) -> None:
         """Record arguments by which timm's export creates the model again, beside those of ``create_model``."""
@@ -313,7 +338,7 @@ class SuperVisionTransformer(VisionTransformer):
             img_size if _is_given(img_size) else self.subnet.img_size,
             keep_rate if _is_given(keep_rate) else self.subnet.keep_rate,
         ), self.img_sizes)
-        schedule = self._schedule(subnet)
+        schedule = self.schedule(subnet)
         masked = _is_given(attn_mask) or (_is_given(is_causal) and is_causal)
         if masked and schedule:
             raise ValueError(
@@ -330,9 +355,6 @@ class SuperVisionTransformer(VisionTransformer):
         warnings.warn(
             f'images of {" x ".join(map(str, x.shape[-2:]))} pixels are of none of img_sizes {self.img_sizes}, and '
             f'{runs}; choose another subnet with --model-kwargs img_size=, model.subnet, or in the call', stacklevel=3)
-
-    def _schedule(self, subnet: Subnet) -> dict[int, int]:
-        return keep_schedule(self.num_patches(subnet.img_size), subnet.keep_rate, self.drop_layers, len(self.blocks))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as any module does, but all of them or, with an error, none; see ``models/weights.py``."""
@@ -360,7 +382,7 @@ class SuperVisionTransformer(VisionTransformer):
         Args:
             **kwargs: Arguments of ``torch.compile``.
         """
-        _allow_recompilation()
+        allow_recompilation_in_graph()
         blocks: Any = self.blocks
         if any(isinstance(module, DropPath) for module in self.modules()):
             for block in blocks:
@@ -419,8 +441,9 @@ class SuperVisionTransformer(VisionTransformer):
 
     def embed(self, x: Tensor, img_size: Size, **kwargs: Any) -> Tensor:
         """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
+        index = find_size(img_size, self.img_sizes)
         x = self.embed_patches(resize_images(x, img_size, self.in_chans), **kwargs)
-        return self.add_positions(x, self.pos_embed_list.select(self.img_sizes.index(img_size)))
+        return self.add_positions(x, self.pos_embed_list.select(index))
 
     def add_positions(self, x: Tensor, pos_embed: Tensor) -> Tensor:
         """Put the prefix tokens before patch tokens [B, N, D] and add a position embedding; return tokens [B, T, D]."""
@@ -431,6 +454,38 @@ class SuperVisionTransformer(VisionTransformer):
         else:
             x = torch.cat([*prefix, x], dim=1) + pos_embed
         return self.norm_pre(self.pos_drop(x))
+
+    def run_blocks(
+            self,
+            x: Tensor,
+            schedule: Mapping[int, int],
+            start: int = 0,
+            stop: int | None = None,
+            prefix_only: bool = False,
+            **masks: Any,
+    ) -> Tensor:
+        """Run blocks on tokens [B, T, D].
+
+        Args:
+            x: The tokens that enter the first of the blocks.
+            schedule: How many patches each block keeps that drops some, from ``schedule``.
+            start: The first block.
+            stop: The block before which to stop (default: behind the last).
+            prefix_only: Leave out what the last of the blocks computes for the patches, unless it drops some.
+            **masks: ``attn_mask`` and ``is_causal`` for the blocks, where none drops any.
+
+        Returns:
+            The tokens that are left [B, T, D].
+        """
+        stop = len(self.blocks) if stop is None else stop
+        for i in range(start, stop):
+            if i in schedule:
+                x = self._run_block(i, x, num_keep=schedule[i])
+            elif prefix_only and i == stop - 1:
+                x = self._run_block(i, x, prefix_only=True)
+            else:
+                x = self._run_block(i, x, **masks)
+        return x
 
     def _run_block(self, index: int, x: Tensor, **kwargs: Any) -> Any:
         block = partial(self.blocks[index], **kwargs)  # a reentrant checkpoint takes no keyword arguments
@@ -461,10 +516,7 @@ class SuperVisionTransformer(VisionTransformer):
                 subnet that drops tokens.
         """
         subnet, schedule, masks = self._read_call(attn_mask, is_causal, img_size, keep_rate)
-        x = self.embed(x, subnet.img_size)
-        for i in range(len(self.blocks)):
-            x = self._run_block(i, x, num_keep=schedule[i]) if i in schedule else self._run_block(i, x, **masks)
-        return self.norm(x)
+        return self.norm(self.run_blocks(self.embed(x, subnet.img_size), schedule, **masks))
 
     def forward(
             self,
@@ -483,11 +535,11 @@ class SuperVisionTransformer(VisionTransformer):
             Logits [B, num_classes]; a list of them with ``subnets``.
         """
         if torch.compiler.is_compiling():
-            _allow_recompilation()
+            allow_recompilation_in_graph()
         elif not _is_given(img_size):
             self._warn_of_other_size(x, subnets)
         if subnets is not None and _is_given(subnets):
-            with_patches = [self._head_reads_patches] * len(subnets)
+            with_patches = [self.head_reads_patches] * len(subnets)
             return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets, with_patches)]
         return self.forward_head(self.forward_features(x, attn_mask, is_causal, img_size, keep_rate))
 
@@ -496,7 +548,8 @@ class SuperVisionTransformer(VisionTransformer):
         return self(x, subnets=subnets)  # a call of the model, which hooks and wrappers see
 
     @property
-    def _head_reads_patches(self) -> bool:
+    def head_reads_patches(self) -> bool:
+        """Whether the logits depend on the patch tokens behind the last block."""
         return self.global_pool != 'token'
 
     def forward_features_subnets(
@@ -527,29 +580,23 @@ class SuperVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If one of them is no subnet of this model, or the images have another number of channels.
         """
-        wanted = [check_subnet(subnet, self.img_sizes) for subnet in subnets]
-        needed = [True] * len(wanted) if with_patches is None else with_patches
-        passes = [subnet.img_size if self.share_prefix else i for i, subnet in enumerate(wanted)]
+        checked = [pair if isinstance(pair, Subnet) else check_subnet(pair, self.img_sizes) for pair in subnets]
+        with_patches = [True] * len(checked) if with_patches is None else with_patches
+        passes = [subnet.img_size if self.share_prefix else i for i, subnet in enumerate(checked)]
         tokens: dict[int, Tensor] = {}
         for one in dict.fromkeys(passes):  # in the order of their first appearance
-            members = [i for i in range(len(wanted)) if passes[i] == one]
-            img_size = wanted[members[0]].img_size
+            members = [i for i in range(len(checked)) if passes[i] == one]
+            img_size = checked[members[0]].img_size
             tree = plan_sharing(
-                [self._schedule(wanted[i]) for i in members], [needed[i] for i in members],
+                [self.schedule(checked[i]) for i in members], [with_patches[i] for i in members],
                 self.num_patches(img_size), len(self.blocks))
             for leaf, y in self._run_branch(self.embed(x, img_size, **kwargs), tree):
                 tokens.update(dict.fromkeys((members[i] for i in leaf.members), self.norm(y)))
-        return [tokens[i] for i in range(len(wanted))]
+        return [tokens[i] for i in range(len(checked))]
 
     def _run_branch(self, x: Tensor, branch: Branch) -> Iterator[tuple[Branch, Tensor]]:
         """Run a branch and all that it parts into; yield each leaf with its tokens [B, T, D]."""
-        for i in branch.blocks:
-            if i in branch.drops:
-                x = self._run_block(i, x, num_keep=branch.drops[i])
-            elif branch.prefix_only and i == branch.blocks[-1]:
-                x = self._run_block(i, x, prefix_only=True)
-            else:
-                x = self._run_block(i, x)
+        x = self.run_blocks(x, branch.drops, branch.blocks.start, branch.blocks.stop, branch.prefix_only)
         if not branch.parts:
             yield branch, x
             return
@@ -563,20 +610,20 @@ class SuperVisionTransformer(VisionTransformer):
 
         Yields:
             After each block, the kept tokens [B, T, D], the last values of all tokens, the dropped ones included
-            [B, T0, D], and the places among them that the kept tokens come from [B, T].
+            [B, T0, D], and the indices among them of the kept tokens [B, T].
         """
         dense = x
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        indices = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         for i in range(len(self.blocks)):
             if i in schedule:
                 x, attended, order = self._run_block(i, x, rank=True)
-                dense = _fill_in(dense, attended, places)  # what this block drops keeps the value it has here
+                dense = _fill_in(dense, attended, indices)  # what this block drops keeps the value it has here
                 kept = order[:, :self.num_prefix_tokens + schedule[i]]
-                x, places = select_tokens(x, kept), places.gather(1, kept)
+                x, indices = select_tokens(x, kept), indices.gather(1, kept)
             else:
                 x = self._run_block(i, x, **masks)
-            dense = _fill_in(dense, x, places)
-            yield x, dense, places
+            dense = _fill_in(dense, x, indices)
+            yield x, dense, indices
 
     def forward_intermediates(
             self,
@@ -638,12 +685,20 @@ class SuperVisionTransformer(VisionTransformer):
         """Return which patches are left after each block that drops some; the arguments are as in ``forward_features``.
 
         Returns:
-            For each dropping block, the places of the kept patches in the subnet's grid, row-major, best first [B, K].
+            For each dropping block, the indices of the kept patches in the subnet's grid, row-major, best first [B, K].
         """
         subnet, schedule, _ = self._read_call(None, False, img_size, keep_rate)
         steps = self._trace_blocks(self.embed(x, subnet.img_size), schedule, {})
         num_prefix = self.num_prefix_tokens
-        return {i: places[:, num_prefix:] - num_prefix for i, (_, _, places) in enumerate(steps) if i in schedule}
+        return {i: indices[:, num_prefix:] - num_prefix for i, (_, _, indices) in enumerate(steps) if i in schedule}
+
+
+def find_supervit(model: Any) -> SuperVisionTransformer | None:
+    """Return the SuperViT that a model is, or that it wraps: for distribution, averaging, compiling, or by PEFT."""
+    model = unwrap_model(model)
+    if get_base_model := getattr(model, 'get_base_model', None):
+        model = get_base_model()
+    return model if isinstance(model, SuperVisionTransformer) else None
 
 
 def _is_given(argument: Any) -> bool:
@@ -667,9 +722,9 @@ def linear_macs(module: nn.Module) -> int:
         if isinstance(m, (nn.Linear, nn.Conv2d)) and 'original_module' not in name.split('.'))
 
 
-def _fill_in(dense: Tensor, x: Tensor, places: Tensor) -> Tensor:
-    """Write tokens [B, T, D] over the places [B, T] among the dense tokens [B, T0, D] that they come from."""
-    return x if x.shape == dense.shape else dense.scatter(1, places.unsqueeze(-1).expand_as(x), x)
+def _fill_in(dense: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """Write tokens [B, T, D] over those among the dense tokens [B, T0, D] that have these indices [B, T]."""
+    return x if x.shape == dense.shape else dense.scatter(1, indices.unsqueeze(-1).expand_as(x), x)
 
 
 def supervit_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -687,7 +742,6 @@ def supervit_cfg(**kwargs: Any) -> dict[str, Any]:
 def _deit_cfg(size: str) -> dict[str, Any]:
     # Plain DeiT weights, a start for super-training; they are not SuperViT-trained.
     return supervit_cfg(hf_hub_id=f'timm/deit_{size}_patch16_224.fb_in1k')
-
 
 default_cfgs = generate_default_cfgs({
     'supervit_tiny.deit_in1k': _deit_cfg('tiny'),

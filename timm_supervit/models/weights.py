@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from ..subnets import find_nearest_size
 
-__all__ = ['adapt_state_dict', 'check_names', 'checkpoint_filter_fn', 'plain_views', 'read_backbone']
-
 _logger = logging.getLogger(__name__)
 
 
@@ -28,9 +26,6 @@ def adapt_state_dict(model: Any, state_dict: dict[str, Any], prefix: str, metada
     Position embeddings, the one ``pos_embed`` of a plain ViT or those of another grid of subnets, are resampled
     bicubically for the image sizes that have none. Missing and unknown names are left to torch, which does not tell
     its hooks whether it loads strictly.
-
-    Raises:
-        RuntimeError: If a shape differs or a tensor cannot be copied. Nothing is loaded then.
     """
     _fit_pos_embeds(model, state_dict, prefix)
     plain = {id(tensor) for module in model.modules() if not _loads_its_own_way(module)
@@ -56,11 +51,7 @@ def check_names(model: Any, state_dict: Mapping[str, Any], pattern: str = '') ->
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Return the weights in a file, which timm may load leniently; those of other patches resampled as for its ViT.
-
-    Raises:
-        RuntimeError: If more than the head is missing.
-    """
+    """Return the weights in a file, which timm may load leniently; those of other patches resampled as for its ViT."""
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     norm = '' if 'fc_norm.weight' in {*state_dict, *model.state_dict()} else r'|norm\.'  # else it goes with the head
     check_names(model, state_dict, 'cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
@@ -78,6 +69,7 @@ class PlainView:
         self.__dict__.update(attributes, _target=target)
 
     def __getattr__(self, name: str) -> Any:
+        """Return what a plain ViT has too."""
         return getattr(self._target, name)
 
 

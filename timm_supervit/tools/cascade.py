@@ -4,46 +4,29 @@ All subnets answer all images once. Every choice rests on the answers to the cal
 number on the other images. All combinations of subnets are tried, with many thresholds each. Small sets of images make
 many of them look perfect, so
 
-- of cascades that are right equally often, the one wins whose last stage, which decides the hard images, of which there
-  are few, gives the true classes of all images the highest mean probability; then the one that leaves it the most;
-- one more stage must gain more than one standard error of the difference on the calibration images.
+- of all cascades of so many stages that the most accurate one is not clearly ahead of, the one wins whose last stage,
+  which decides the hard images, of which there are few, gives the true classes the highest mean probability;
+- one more stage must clearly gain: by more than two standard errors of the difference on the calibration images.
 """
 import itertools
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..cascade import NUM_STAGES, Cascade, parting_block, probabilities
-from ..fingerprint import fingerprint
-from ..models.supervit import SuperVisionTransformer
+from ..cascade import NUM_STAGES, Cascade, cascade_text, probabilities
+from ..images.datasets import DEFAULT_WORKERS, Images, count_common, create_evaluation_loader, open_images
+from ..images.passes import bad_images, check_complete, check_finite, inference
+from ..results.fingerprint import fingerprint, source_of
+from ..results.rows import Results, Row, difference, is_int8, pareto_front, subnet_of
+from ..runner import SubnetRunner, setting_of
 from ..subnets import Subnet
-from .evaluate import bad_images, check_complete, check_finite
-from .files import replace_file
-from .progress import Progress, silent
-from .results import Row, is_int8, subnet_of
-
-__all__ = [
-    'SIGNIFICANCE',
-    'Answers',
-    'Calibration',
-    'Comparison',
-    'Costs',
-    'Point',
-    'calibrate',
-    'cascade_text',
-    'collect_answers',
-    'latency_costs',
-    'mac_costs',
-    'save_cascade',
-    'split_answers',
-]
+from . import Progress, silent
+from .choose import merge_results
 
 SIGNIFICANCE = 0.05
 
@@ -73,9 +56,9 @@ class Answers(NamedTuple):
         """How many images they are of."""
         return int(self.correct.shape[1])
 
-    def of(self, places: np.ndarray) -> 'Answers':
-        """Return those to some of the images."""
-        return Answers(self.subnets, self.confidence[:, places], self.truth[:, places], self.correct[:, places])
+    def select(self, images: np.ndarray) -> 'Answers':
+        """Return those to the images of these indices."""
+        return Answers(self.subnets, self.confidence[:, images], self.truth[:, images], self.correct[:, images])
 
 
 class Costs(NamedTuple):
@@ -93,7 +76,7 @@ class Costs(NamedTuple):
     saved: np.ndarray
 
     def totals(self, stages: Sequence[int]) -> np.ndarray:
-        """Return what an image costs that stops at each stage, given as places among the subnets [stages]."""
+        """Return what an image costs that stops at each stage, given as indices of subnets [stages]."""
         steps = [
             self.own[stage] - max((self.saved[stage, earlier] for earlier in stages[:i]), default=0)
             for i, stage in enumerate(stages)]
@@ -104,7 +87,7 @@ class Point(NamedTuple):
     """A cascade, or as one stage without thresholds a single subnet, and what it reaches on the calibration images.
 
     Attributes:
-        stages: Places of the subnets among those of the answers.
+        stages: Indices of the subnets among those of the answers.
         thresholds: One for each stage but the last.
         accuracy: Share of the images that it is right on.
         truth: Mean probability that it gives the true class.
@@ -142,54 +125,150 @@ class Calibration:
     """What a search has found. Rows have what is reached on the report images.
 
     Attributes:
-        chosen: The cascade that was asked for.
+        cascade: The cascade that was asked for.
         row: Its row.
         full: The row of the most expensive subnet.
-        front: Rows of the best cascades for a range of budgets, cheapest first.
+        results: Rows of the best cascades for a range of budgets, cheapest first, and which images they rest on.
         singles: Rows of all single subnets, cheapest first.
         comparison: The front against the single subnets.
         only_one_right: On how many images only the chosen cascade is right, and on how many only the full network.
     """
 
-    chosen: Point
+    cascade: Cascade
     row: Row
     full: Row
-    front: list[Row]
+    results: Results
     singles: list[Row]
     comparison: Comparison
     only_one_right: tuple[int, int]
 
 
-def collect_answers(
-        model: SuperVisionTransformer,
-        loader: Any,
+def calibrate(
+        model: SubnetRunner,
+        images: Any,
         *,
-        amp_dtype: torch.dtype | None = None,
+        calibration_images: Any = None,
+        calibration_share: float = 0.5,
+        seed: int = 0,
+        macs: float | None = None,
+        latency_ms: float | None = None,
+        profile: str | os.PathLike | None = None,
+        where: Mapping[str, Any] | None = None,
+        accuracy: float | None = None,
+        batch_size: int = 256,
+        workers: int = DEFAULT_WORKERS,
+        precision: str = 'float32',
         skip_bad_images: bool = False,
         progress: Progress = silent,
-) -> Answers:
-    """Let all subnets of a model answer all images, in one pass.
+) -> Calibration:
+    """Find a cascade: let all subnets answer all images, search on one part of them, report on the other.
+
+    ``macs``, ``latency_ms`` or ``accuracy`` say what is chosen. Without one it is the cheapest cascade that is as
+    accurate and as sure as the full network, or if there is none the most accurate.
 
     Args:
-        model: A SuperViT.
-        loader: Batches of images and classes, from ``create_evaluation_loader``.
-        amp_dtype: Run in mixed precision with this dtype.
+        model: A SuperViT or an exported file.
+        images: The images, see ``open_images``.
+        calibration_images: Calibrate on these and report on all of ``images``, which are split otherwise.
+        calibration_share: Share of the images to calibrate on, in (0, 1).
+        seed: Which images are of which share.
+        macs: Choose the most accurate cascade of at most so many mean multiply-accumulates for an image.
+        latency_ms: Or of at most so many mean milliseconds, as estimated from ``profile``.
+        profile: JSON file of "supervit profile"; the front is then by latency.
+        where: Which rows of the profile count, as in ``{'batch_size': 1}``.
+        accuracy: Or choose the cheapest cascade of at least this top-1 in percent on the calibration images.
+        batch_size: Images of a batch.
+        workers: Processes that read images.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` by autocast.
         skip_bad_images: Pass over unreadable images.
         progress: Follows the batches, such as ``tqdm.tqdm``.
 
     Raises:
         OSError: If an image cannot be read and ``skip_bad_images`` is False; the message names it.
         RuntimeError: If a subnet's logits are not finite; the message names it.
-        ValueError: If a class is none of the model's.
+        ValueError: If a class is none of the model's, the budget is none, the profile is of another network, there are
+            too few images or subnets, or no cascade fits.
     """
+    check_goal(macs, latency_ms, accuracy, profile, where)
+    report_images = open_images(images)
+    others = None if calibration_images is None else open_images(calibration_images)
+    if others and (common := count_common(report_images.dataset, others.dataset)):
+        raise ValueError(f'{common} images of --calibration-dir are in --data-dir too; leave --calibration-dir out, so '
+                         f'that the images are split, or give other images')
+    network = fingerprint(model)
+    source = source_of(model)
+    costs = model_costs = mac_costs(model)
+    if profile:
+        measured = merge_results([profile], where)
+        other = difference(Results(source.name, [], {}, network), measured)
+        if measured.network and other:
+            raise ValueError(f'{os.fspath(profile)} is of another network: {other}; profile this one')
+        runs_int8 = setting_of(model)['precision'] == 'int8'
+        costs = latency_costs(model_costs, model.subnets, [row for row in measured.rows if is_int8(row) == runs_int8])
+    answers = [
+        collect_answers(model, part, batch_size, workers, precision, skip_bad_images, progress)
+        for part in (report_images, others) if part]
+    calibration, report = answers[::-1] if others else split_answers(answers[0], calibration_share, seed)
+    chosen, front = search(calibration, report.num_images, costs, model_costs, macs or latency_ms, accuracy)
+    singles = [_single(calibration, costs, i) for i in range(len(calibration.subnets))]
+    runs = {point: _run(point, report, costs) for point in {*front, *singles, chosen}}
+    hits, full_hits = runs[chosen][0], runs[singles[-1]][0]
+    info = {
+        **report_images.info, 'calibration_dir': others.data_dir if others else None,
+        'calibration_share': None if others else calibration_share, 'seed': seed,
+        'calibration_images': calibration.num_images, 'report_images': report.num_images,
+        'top1': 100 * chosen.accuracy, costs.key: chosen.cost}
+    rows = {point: _row(point, report, costs, model_costs) for point in runs}
+    return Calibration(
+        Cascade(model, [calibration.subnets[i] for i in chosen.stages], chosen.thresholds, info),
+        rows[chosen],
+        rows[singles[-1]],
+        Results(source.name, [rows[point] for point in front], info, network | {'weights_kind': source.weights_kind}),
+        [rows[point] for point in singles],
+        _compare([runs[point] for point in front], [runs[point] for point in pareto_front(
+            singles, lambda point: point.cost, lambda point: point.accuracy)]),
+        (int((hits & ~full_hits).sum()), int((full_hits & ~hits).sum())),
+    )
+
+
+def check_goal(
+        macs: float | None = None,
+        latency_ms: float | None = None,
+        accuracy: float | None = None,
+        profile: Any = None,
+        where: Any = None,
+) -> None:
+    """Check what ``calibrate`` is asked for."""
+    if sum(value is not None for value in (macs, latency_ms, accuracy)) > 1:
+        raise ValueError('--macs, --latency-ms and --accuracy exclude each other; give one')
+    for option, value in (('--macs', macs), ('--latency-ms', latency_ms)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f'{option} {value:g} is no budget; give a number above 0')
+    if accuracy is not None and not 1 <= accuracy <= 100:
+        raise ValueError(f'--accuracy {accuracy:g} is no percentage from 1 to 100, as in 95')
+    if (latency_ms is None) != (profile is None):
+        raise ValueError('--latency-ms and --profile belong together; give both')
+    if where and not profile:
+        raise ValueError('--where says which rows of --profile count; give that too, or leave it out')
+
+
+def collect_answers(
+        model: SubnetRunner,
+        images: Images,
+        batch_size: int = 256,
+        workers: int = DEFAULT_WORKERS,
+        precision: str = 'float32',
+        skip_bad_images: bool = False,
+        progress: Progress = silent,
+) -> Answers:
+    """Let all subnets of a model answer all images, in one pass; the arguments are as in ``calibrate``."""
     subnets, parts, seen = model.subnets, [], 0
-    device = next(model.parameters()).device
-    model.eval()
-    for images, target in progress(loader, 'Calibrating'):
+    loader = create_evaluation_loader(images.dataset, model, batch_size, workers)
+    for batch, target in progress(loader, 'Calibrating'):
         bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
         seen += len(target)
-        with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model.forward_subnets(images, subnets)
+        with inference(model, precision):
+            logits = model.forward_subnets(batch, subnets)
         check_finite(logits, subnets)
         readable = target >= 0
         target = target[readable]
@@ -215,18 +294,19 @@ def split_answers(answers: Answers, share: float = 0.5, seed: int = 0) -> tuple[
     """
     order = np.random.default_rng(seed).permutation(answers.num_images)
     first = round(share * answers.num_images)
-    return answers.of(order[:first]), answers.of(order[first:])
+    return answers.select(order[:first]), answers.select(order[first:])
 
 
-def mac_costs(model: SuperVisionTransformer) -> Costs:
-    """Return the multiply-accumulates of the model's subnets, and what they save by going on from each other."""
-    subnets = model.subnets
+def mac_costs(model: Any) -> Costs:
+    """Return the multiply-accumulates of a model's subnets, and what they save by going on from each other."""
+    macs = model.subnet_macs()
+    subnets = list(macs)
     saved = np.zeros((len(subnets),) * 2)
     for i, j in itertools.permutations(range(len(subnets)), 2):
-        block = parting_block(model, subnets[i], subnets[j])
+        block = model.parting_block(subnets[i], subnets[j])
         if block is not None:
             saved[i, j] = model.macs(subnets[i], before=block)
-    return Costs('macs', np.array([model.macs(subnet) for subnet in subnets], dtype=np.float64), saved)
+    return Costs('macs', np.array(list(macs.values()), dtype=np.float64), saved)
 
 
 def latency_costs(macs: Costs, subnets: Sequence[Subnet], rows: Sequence[Row]) -> Costs:
@@ -238,83 +318,66 @@ def latency_costs(macs: Costs, subnets: Sequence[Subnet], rows: Sequence[Row]) -
         macs: Multiply-accumulates of the subnets.
         subnets: The subnets.
         rows: Rows of ``supervit profile``, one for each subnet.
-
-    Raises:
-        ValueError: If a subnet was not measured.
     """
-    known = {
+    latencies = {
         subnet_of(row): row['latency_ms'] / row.get('batch_size', 1)
-        for row in rows if row.get('latency_ms') is not None and not is_int8(row)}
-    missing = [subnet for subnet in subnets if known.get(subnet) is None]
+        for row in rows if row.get('latency_ms') is not None}
+    missing = [subnet for subnet in subnets if latencies.get(subnet) is None]
     if missing:
         raise ValueError(
             f'the profile has no latency of subnet {missing[0]}; measure all subnets with '
             f'"supervit profile"')
-    own = np.array([known[subnet] for subnet in subnets])
+    own = np.array([latencies[subnet] for subnet in subnets])
     return Costs('latency_ms', own, macs.saved / macs.own[:, None] * own[:, None])
 
 
-def calibrate(
-        calibration: Answers,
-        report: Answers,
+def search(
+        answers: Answers,
+        num_report_images: int,
         costs: Costs,
         macs: Costs,
-        *,
         budget: float | None = None,
         accuracy: float | None = None,
-) -> Calibration:
-    """Search the best cascades on some images, choose one, and see what they reach on others.
+) -> tuple[Point, list[Point]]:
+    """Search the best cascades for a range of budgets, and choose one.
 
     Args:
-        calibration: Answers to the images that decide.
-        report: Answers to the images that the rows are about.
+        answers: Answers to the images that decide.
+        num_report_images: How many others there are to report.
         costs: What the front and the budget are about.
-        macs: Multiply-accumulates, for the rows.
-        budget: Choose the most accurate cascade of at most this mean cost.
-        accuracy: Choose the cheapest cascade of at least this top-1 in percent. Without both, it is the cheapest that
-            is as accurate and as sure as the full network, or if there is none the most accurate.
+        macs: Multiply-accumulates.
+        budget: The most accurate cascade of at most this mean cost is chosen.
+        accuracy: The cheapest one of at least this top-1 in percent is chosen.
 
-    Raises:
-        ValueError: If there are too few images or subnets, or no cascade fits.
+    Returns:
+        What was chosen, and the front, cheapest first.
     """
-    if min(calibration.num_images, report.num_images) < 2:
+    if min(answers.num_images, num_report_images) < 2:
         raise ValueError(
-            f'{calibration.num_images} images to calibrate on and {report.num_images} others to report are too few; '
+            f'{answers.num_images} images to calibrate on and {num_report_images} others to report are too few; '
             f'give some hundreds of images')
-    if len(calibration.subnets) < min(NUM_STAGES):
+    if len(answers.subnets) < min(NUM_STAGES):
         raise ValueError('the model has one subnet, and a cascade needs two; give it more img_sizes or keep_rates')
-    tables = list(_tabulate(calibration, costs, macs))
+    tables = list(_tabulate(answers, costs, macs))
     cheapest = min(float(table.cost.min()) for table in tables)
     budgets = np.geomspace(cheapest, costs.own.max(), _NUM_BUDGETS).tolist()
-    front = [point for limit in budgets if (point := _best(tables, calibration, limit))]
-    front = list(dict.fromkeys(front))
-    singles = [_single(calibration, costs, i) for i in range(len(calibration.subnets))]
+    front = list(dict.fromkeys(point for limit in budgets if (point := _best(tables, answers, limit))))
     if budget is not None:
-        chosen = _best(tables, calibration, budget)
+        chosen = _best(tables, answers, budget)
         if chosen is None:
             raise ValueError(
                 f'no cascade has a mean {costs.key} of at most {budget:g}; the cheapest has {cheapest:g}')
-    elif accuracy is not None:
+        return chosen, front
+    if accuracy is not None:
         reaching = [point for point in front if point.accuracy >= accuracy / 100 - 1e-9]
         if not reaching:
             best = max(point.accuracy for point in front)
             raise ValueError(
                 f'no cascade is right on {accuracy:g} % of the calibration images; the best is on {100 * best:.2f} %')
-        chosen = reaching[0]
-    else:
-        full = singles[-1]
-        level = [point for point in front if point.accuracy >= full.accuracy and point.truth >= full.truth]
-        chosen = level[0] if level else max(front, key=lambda point: (point.accuracy, point.truth))
-    hits = {point: _run(point, report, costs) for point in {*front, *singles, chosen}}
-    return Calibration(
-        chosen,
-        _row(chosen, report, costs, macs),
-        _row(singles[-1], report, costs, macs),
-        [_row(point, report, costs, macs) for point in front],
-        [_row(point, report, costs, macs) for point in singles],
-        _compare([hits[point] for point in front], [hits[point] for point in _pareto(singles)]),
-        (int((hits[chosen][0] & ~hits[singles[-1]][0]).sum()), int((hits[singles[-1]][0] & ~hits[chosen][0]).sum())),
-    )
+        return reaching[0], front
+    full = _single(answers, costs, len(answers.subnets) - 1)
+    level = [point for point in front if point.accuracy >= full.accuracy and point.truth >= full.truth]
+    return level[0] if level else max(front, key=lambda point: (point.accuracy, point.truth)), front
 
 
 class _Table(NamedTuple):
@@ -357,8 +420,8 @@ def _thresholds(confidence: np.ndarray, number: int) -> np.ndarray:
     """
     ordered = np.sort(confidence)
     shares = (np.arange(1, number + 1) / (number + 1)) ** 2
-    places = np.clip(np.round(shares * len(ordered)).astype(int), 1, len(ordered) - 1)
-    return np.unique(((ordered[places - 1] + ordered[places]) / 2).clip(1e-6, 1 - 1e-6))
+    ranks = np.clip(np.round(shares * len(ordered)).astype(int), 1, len(ordered) - 1)
+    return np.unique(((ordered[ranks - 1] + ordered[ranks]) / 2).clip(1e-6, 1 - 1e-6))
 
 
 def _sum_stopping(counts: np.ndarray, stage: int) -> np.ndarray:
@@ -411,11 +474,11 @@ def _best_of(table: _Table, budget: float, num_images: int) -> list[Point]:
         return []
     # Whole numbers of images: the sums are off in the last digits.
     accuracy = np.where(fits, np.round(table.accuracy * num_images) / num_images, -1)
-    places = {int(np.where(accuracy == accuracy.max(), table.last, -1).argmax()),
-              int(np.where(fits, table.last, -1).argmax())}
+    cells = {int(np.where(accuracy == accuracy.max(), table.last, -1).argmax()),
+             int(np.where(fits, table.last, -1).argmax())}
     points = []
-    for place in sorted(places):
-        index = np.unravel_index(place, table.cost.shape)
+    for cell in sorted(cells):
+        index = np.unravel_index(cell, table.cost.shape)
         points.append(Point(
             table.stages, tuple(float(values[i]) for values, i in zip(table.thresholds, index, strict=True)),
             float(accuracy[index]), float(table.truth[index]), float(table.cost[index]), float(table.last[index])))
@@ -433,14 +496,6 @@ def _gains(point: Point, other: Point, answers: Answers) -> bool:
 def _single(answers: Answers, costs: Costs, subnet: int) -> Point:
     return Point((subnet,), (), float(answers.correct[subnet].mean()), float(answers.truth[subnet].mean()),
                  float(costs.own[subnet]))
-
-
-def _pareto(points: Sequence[Point]) -> list[Point]:
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.cost, -point.accuracy)):
-        if not front or point.accuracy > front[-1].accuracy:
-            front.append(point)
-    return front
 
 
 def _hits(point: Point, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
@@ -486,9 +541,9 @@ def _compare(front: Sequence[tuple[np.ndarray, float]], singles: Sequence[tuple[
     single_hits = np.array([hits for hits, _ in singles], dtype=float)  # [singles, images]
     differences = np.zeros(single_hits.shape[1])
     for hits, cost in front:
-        place = np.interp(cost, single_costs, np.arange(len(singles)))
-        low, high = int(np.floor(place)), int(np.ceil(place))
-        mixture = single_hits[low] + (place - low) * (single_hits[high] - single_hits[low])
+        between = np.interp(cost, single_costs, np.arange(len(singles)))
+        low, high = int(np.floor(between)), int(np.ceil(between))
+        mixture = single_hits[low] + (between - low) * (single_hits[high] - single_hits[low])
         differences += (hits - mixture) / len(front)
     differing = differences[differences != 0]
     generator, count = np.random.default_rng(0), 1
@@ -496,46 +551,3 @@ def _compare(front: Sequence[tuple[np.ndarray, float]], singles: Sequence[tuple[
         signs = generator.integers(0, 2, len(differing)) * 2 - 1
         count += bool((signs * differing).sum() >= differing.sum() - 1e-9)
     return Comparison(100 * float(differences.mean()), count / (_NUM_SIGN_FLIPS + 1))
-
-
-def cascade_text(stages: Sequence[Subnet], thresholds: Sequence[float]) -> str:
-    """Return a cascade as it is printed: its stages, with the thresholds between them, as in 12:0.5 (0.9) 24:0.7."""
-    parts = [str(stage) for stage in stages]
-    for i, threshold in enumerate(thresholds):
-        parts[i] += f' ({threshold:.4g})'
-    return ' '.join(parts)
-
-
-def save_cascade(
-        path: str | os.PathLike,
-        model: SuperVisionTransformer,
-        name: str,
-        answers: Answers,
-        found: Calibration,
-        info: dict[str, Any],
-) -> None:
-    """Write the chosen cascade as JSON, for ``Cascade.load``.
-
-    Args:
-        path: The file.
-        model: The network.
-        name: Its name, as ``timm.create_model`` takes it.
-        answers: Answers of the subnets that the places of ``found`` are among.
-        found: What the search has found.
-        info: Which images it rests on.
-
-    Raises:
-        OSError: If it cannot be written; a file of that name is then as it was.
-    """
-    cascade = Cascade(model, [answers.subnets[i] for i in found.chosen.stages], found.chosen.thresholds)
-    content = {
-        'model': name,
-        'img_sizes': list(model.img_sizes),
-        'stages': [list(stage) for stage in cascade.stages],
-        'thresholds': list(cascade.thresholds),
-        'calibration': info,
-        'expected': {**found.row, 'macs_of_stages': cascade.macs},
-        'network': fingerprint(model),
-    }
-    with replace_file(Path(path)) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

@@ -7,14 +7,60 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .results import COLUMNS, Results, Row, column_of, difference, load_results, name_of
+from ..results.rows import COLUMNS, Results, Row, column_of, difference, load_results, name_of, pareto_front
 
-__all__ = ['best_subnet', 'merge_results', 'pareto_front']
+
+class Choice(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+        best: The row of the most accurate point inside the budget.
+        cost: Key of the cost that the fronts are about.
+        merged: All rows of the network, and beside it those of the one to compare, if any.
+        fronts: The Pareto front of each.
+    """
+
+    best: Row
+    cost: str
+    merged: list[Results]
+    fronts: list[list[Row]]
 
 
 class _Miss(NamedTuple):
     factor: float  # by how much the budget is missed, 1 = met
     row: Row
+
+
+def choose(
+        results: Sequence[str | os.PathLike],
+        *,
+        compare: Sequence[str | os.PathLike] = (),
+        where: Mapping[str, Any] | None = None,
+        latency_ms: float | None = None,
+        latency_p90_ms: float | None = None,
+        throughput: float | None = None,
+        macs: float | None = None,
+) -> Choice:
+    """Choose the most accurate point of a network inside a budget, from saved results, and find the Pareto front.
+
+    Args:
+        results: JSON files of "supervit evaluate", "cascade" and "profile", of one network.
+        compare: Such files of another network, whose front to find too.
+        where: See ``merge_results``.
+        latency_ms: Median latency of a batch, at most this many milliseconds.
+        latency_p90_ms: 90th percentile of the latency of a batch, at most.
+        throughput: Images per second, at least.
+        macs: Multiply-accumulates for one image, at most.
+
+    Raises:
+        ValueError: If the files are of different networks, say nothing of the budget or the same of one point twice,
+            or nothing fits; the message then names the nearest miss.
+    """
+    budget = dict(latency_ms=latency_ms, latency_p90_ms=latency_p90_ms, throughput=throughput, macs=macs)
+    cost = next((key for key, value in budget.items() if value is not None), 'macs')
+    merged = [merge_results(paths, where) for paths in (results, compare) if paths]
+    best = best_subnet(merged[0].rows, **budget)
+    return Choice(best, cost, merged, [front_of(one.rows, cost) for one in merged])
 
 
 def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] | None = None) -> Results:
@@ -27,37 +73,33 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
     Returns:
         The rows of subnets and cascades, cheapest first where the MACs are known. ``info`` has that of each file under
         ``sources``, and ``partial`` is True if one of them is.
-
-    Raises:
-        ValueError: If the files are of different networks, two measured the same, a subnet was measured in several
-            settings and ``where`` does not say which counts, or ``where`` names no setting.
     """
-    wanted = dict(where or {})
+    wanted_setting = dict(where or {})
     settings = [key for key, column in COLUMNS.items() if column.kind == 'setting']
-    if unknown := wanted.keys() - set(settings):
+    if unknown := wanted_setting.keys() - set(settings):
         raise ValueError(f'{sorted(unknown)[0]} is no setting of results; use {", ".join(settings)}')
     files = {os.fspath(path): load_results(path) for path in paths}
     _check_one_network(files)
     merged: dict[str, Row] = {}
     origins: dict[tuple[str, str], str] = {}
     for path, results in files.items():
-        own: set[str] = set()
+        points: set[str] = set()
         for row in results.rows:
             point = name_of(row)
-            if row.get('model') or not all(_is(row.get(key, value), value) for key, value in wanted.items()):
+            if row.get('model') or not all(_is(row.get(key, value), value) for key, value in wanted_setting.items()):
                 continue
-            known = merged.setdefault(point, {})
-            clashing = [key for key in row if row[key] != known.get(key, row[key])]
-            if point in own or clashing:
+            joined = merged.setdefault(point, {})
+            clashing = [key for key in row if row[key] != joined.get(key, row[key])]
+            if point in points or clashing:
                 raise ValueError(_describe_clash(
-                    path if point in own else origins[point, clashing[0]], path, known, row, clashing))
-            own.add(point)
-            known.update(row)
+                    path if point in points else origins[point, clashing[0]], path, joined, row, clashing))
+            points.add(point)
+            joined.update(row)
             origins.update({(point, key): path for key in row})
-        if not own:
-            setting = ' and '.join(f'{key}={value}' for key, value in wanted.items())
-            raise ValueError(f'{path} holds no subnet{" with " * bool(wanted)}{setting}; leave it out'
-                             f'{", or take another setting" * bool(wanted)}')
+        if not points:
+            setting = ' and '.join(f'{key}={value}' for key, value in wanted_setting.items())
+            kind, remedy = (f' with {setting}', ', or take another setting') if wanted_setting else ('', '')
+            raise ValueError(f'{path} holds no subnet{kind}; leave it out{remedy}')
     return Results(
         next(iter(files.values())).model,
         sorted(merged.values(), key=lambda row: row.get('macs', 0)),
@@ -67,16 +109,16 @@ def merge_results(paths: Iterable[str | os.PathLike], where: Mapping[str, Any] |
     )
 
 
-def _is(value: Any, wanted: Any) -> bool:
+def _is(value: Any, expected: Any) -> bool:
     # What looks like a number on the command line may be the name of an image.
-    return value == wanted or str(value) == str(wanted)
+    return value == expected or str(value) == str(expected)
 
 
 def _check_one_network(files: Mapping[str, Results]) -> None:
     for (first, one), (second, other) in itertools.combinations(files.items(), 2):
-        if found := difference(one, other):
+        if what := difference(one, other):
             raise ValueError(
-                f'{first} and {second} are of different networks: {found}; give results of one network')
+                f'{first} and {second} are of different networks: {what}; give results of one network')
 
 
 def _describe_clash(first: str, second: str, one: Row, other: Row, clashing: Sequence[str]) -> str:
@@ -104,10 +146,6 @@ def best_subnet(
         macs: Multiply-accumulates for one image, at most.
         throughput: Images per second, at least.
         latency_p90_ms: 90th percentile of the latency of a batch, at most this many milliseconds.
-
-    Raises:
-        ValueError: If a column is missing, points were measured in several settings, or nothing fits; the message names
-            the nearest miss.
     """
     budget = {
         key: value for key, value in dict(
@@ -163,7 +201,7 @@ def _describe(rows: Sequence[Row], values: Mapping[str, float], limits: bool = T
     return ' and '.join(parts)
 
 
-def pareto_front(table: Sequence[Row], cost: str = 'macs') -> list[Row]:
+def front_of(table: Sequence[Row], cost: str = 'macs') -> list[Row]:
     """Return the rows that no other one beats in both cost and top-1, cheapest first.
 
     Args:
@@ -173,8 +211,4 @@ def pareto_front(table: Sequence[Row], cost: str = 'macs') -> list[Row]:
     sign = -1 if column_of((), cost).more_is_better else 1
     rows = [row for row in table if row.get('top1') is not None and row.get(cost) is not None]
     _check_comparable(rows, cost)
-    front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (sign * row[cost], -row['top1'])):
-        if not front or row['top1'] > front[-1]['top1']:
-            front.append(row)
-    return front
+    return pareto_front(rows, lambda row: sign * row[cost], lambda row: row['top1'])

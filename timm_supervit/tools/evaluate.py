@@ -1,73 +1,96 @@
-"""Accuracy of all subnets of a network in one pass over a data set, as exact counts."""
-import contextlib
-from collections.abc import Sequence
+"""Accuracy: of all subnets in one pass over a data set, after each epoch of a training run, and of a cascade."""
+import functools
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.task import evaluation_sample_limit
-from torch import Tensor
 
-from ..fingerprint import fingerprint
-from ..models.supervit import SuperVisionTransformer
-from ..subnets import Subnet
-from .data import ReadableImages, count_missing
-from .progress import Progress, silent
-from .results import Results
-
-__all__ = ['bad_images', 'check_complete', 'check_finite', 'count_hits', 'evaluate']
+from ..cascade import Cascade, cascade_text
+from ..images.datasets import DEFAULT_WORKERS, Images, create_evaluation_loader, open_images
+from ..images.passes import bad_images, check_complete, check_finite, count_hits, inference
+from ..loading.checkpoints import read_checkpoint
+from ..loading.load import check_no_model_folder, load_weights, model_of
+from ..results.fingerprint import source_of
+from ..results.rows import Results, Row, results_of, subnet_of
+from ..runner import SubnetRunner, setting_of
+from ..subnets import Size
+from . import Progress, silent
 
 
 def evaluate(
-        model: SuperVisionTransformer,
-        loader: Any,
-        subnets: Sequence[tuple[int, float]] | None = None,
+        model: SubnetRunner,
+        images: Any,
+        subnets: Sequence[tuple[Size, float]] | None = None,
         *,
-        name: str = '',
-        amp_dtype: torch.dtype | None = None,
+        batch_size: int = 256,
+        workers: int = DEFAULT_WORKERS,
+        precision: str = 'float32',
         skip_bad_images: bool = False,
         progress: Progress = silent,
 ) -> Results:
-    """Count what each subnet gets right in one pass over the data, all subnets on each batch.
+    """Count what each subnet gets right in one pass over images, all subnets on each batch.
 
     Where ``torch.distributed`` is initialized, each rank evaluates its share and all return the sum; images that timm's
     sampler repeats to make the shares equal are not counted. Interrupted by Ctrl-C, it returns what was counted so far,
     with ``info['partial']`` True, or raises ``KeyboardInterrupt`` if that is nothing.
 
     Args:
-        model: A SuperViT.
-        loader: Batches of images [B, C, H, W] and classes [B] on the model's device, from ``create_evaluation_loader``.
-        subnets: Pairs (img_size, keep_rate) (default: all of ``model.subnets``).
-        name: Name of the model for the results.
-        amp_dtype: Run in mixed precision with this dtype.
+        model: A SuperViT or an exported file.
+        images: The images, see ``open_images``.
+        subnets: Pairs (img_size, keep_rate) (default: all of the grid).
+        batch_size: Images of a batch.
+        workers: Processes that read images.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` by autocast.
         skip_bad_images: Pass over unreadable images and name them in ``info['skipped']``.
         progress: Follows the batches, such as ``tqdm.tqdm``.
 
     Returns:
-        One row for each subnet, with ``macs``, ``top1``, ``top5``, ``correct1``, ``correct5`` and ``count``.
+        One row for each subnet, with ``macs``, ``top1``, ``top5``, ``correct1``, ``correct5`` and ``count``. Those of
+        an int8 file say so, and of how many images a batch was where it finds its ranges in each batch anew.
 
     Raises:
         OSError: If an image cannot be read and ``skip_bad_images`` is False; the message names it.
         RuntimeError: If a subnet's logits are not finite; the message names it.
         ValueError: If a class is none of the model's, or there is no such subnet.
     """
-    chosen = model.subnets if subnets is None else [Subnet(*subnet) for subnet in subnets]
-    macs = [model.macs(subnet) for subnet in chosen]  # first of all, since it checks the subnets
-    device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, amp_dtype) if amp_dtype else contextlib.nullcontext()
+    images = open_images(images)
+    counted = _count(model, images, subnets, batch_size, workers, precision, skip_bad_images, progress)
+    return _results(model, *counted, images, precision)
+
+
+def _count(
+        model: SubnetRunner,
+        images: Images,
+        subnets: Sequence[tuple[Size, float]] | None = None,
+        batch_size: int = 256,
+        workers: int = DEFAULT_WORKERS,
+        precision: str = 'float32',
+        skip_bad_images: bool = False,
+        progress: Progress = silent,
+) -> tuple[list[Row], bool, list[str]]:
+    """Return the rows of ``evaluate``, whether they are partial, and which images were skipped."""
+    macs = model.subnet_macs(subnets)  # first of all, since it checks the subnets
+    chosen = list(macs)
+    is_distributed = dist.is_available() and dist.is_initialized()
+    loader = create_evaluation_loader(images.dataset, model, batch_size, workers, is_distributed)
     limit = evaluation_sample_limit(loader)
-    correct = torch.zeros(len(chosen), 2, dtype=torch.int64, device=device)
+    correct = torch.zeros(len(chosen), 2, dtype=torch.int64, device=model.device)
     skipped: list[str] = []
     seen, partial = 0, False
-
-    was_training = model.training
-    model.eval()
     try:
-        for images, target in progress(loader, 'Evaluating'):
+        for batch, target in progress(loader, 'Evaluating'):
             target = target if limit is None else target[:max(0, limit - seen)]
             bad = bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
-            with torch.inference_mode(), autocast:
-                logits = [output[:len(target)] for output in model.forward_subnets(images, chosen)]
+            with inference(model, precision):
+                logits = [output[:len(target)] for output in model.forward_subnets(batch, chosen)]
             check_finite(logits, chosen)
             hits = count_hits(logits, target)
             # In one go, so that an interrupt finds a whole number of batches.
@@ -75,11 +98,9 @@ def evaluate(
         check_complete(loader.dataset, seen, skip_bad_images)
     except KeyboardInterrupt:
         partial = True
-    finally:
-        model.train(was_training)
 
-    count = torch.tensor([seen - len(skipped), partial], dtype=torch.int64, device=device)
-    if dist.is_available() and dist.is_initialized():
+    count = torch.tensor([seen - len(skipped), partial], dtype=torch.int64, device=model.device)
+    if is_distributed:
         dist.all_reduce(correct)
         dist.all_reduce(count)
         shares: list[Any] = [None] * dist.get_world_size()
@@ -89,75 +110,234 @@ def evaluate(
     if interrupted and not total:
         raise KeyboardInterrupt
     rows = [
-        {
-            **subnet._asdict(),
-            'macs': cost,
-            'top1': 100 * correct1 / max(total, 1),
-            'top5': 100 * correct5 / max(total, 1),
-            'correct1': correct1,
-            'correct5': correct5,
-            'count': total,
-        }
-        for subnet, cost, (correct1, correct5) in zip(chosen, macs, correct.tolist(), strict=True)
+        {**subnet._asdict(), **_int8_setting(model, batch_size), 'macs': cost, **_accuracy(hits, total)}
+        for (subnet, cost), hits in zip(macs.items(), correct.tolist(), strict=True)
     ]
-    return Results(name, rows, {'partial': bool(interrupted), 'skipped': skipped}, fingerprint(model))
+    return rows, bool(interrupted), skipped
 
 
-def check_finite(logits: Sequence[Tensor], subnets: Sequence[Subnet]) -> None:
-    """Check that the logits of each subnet are numbers; the largest of NaN would count as class 0.
-
-    Raises:
-        RuntimeError: If they are not; the message names the first such subnet.
-    """
-    finite = torch.stack([output.isfinite().all() for output in logits]).tolist()
-    if not all(finite):
-        raise RuntimeError(
-            f'subnet {subnets[finite.index(False)]} gives logits that are not finite; check the weights, and if it ran '
-            f'in float16, take bfloat16 or float32')
+def _int8_setting(model: SubnetRunner, batch_size: int) -> Row:
+    if setting_of(model)['precision'] != 'int8':
+        return {}
+    is_calibrated = getattr(model, 'facts', {}).get('calibrated')
+    return {'precision': 'int8'} | ({} if is_calibrated else {'batch_size': batch_size})
 
 
-def count_hits(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Return how many targets [B] are the first, and among the first five, of each subnet's logits [B, classes]."""
-    counts = []
-    for output in logits:
-        hits = output.topk(min(5, output.shape[1]), dim=1).indices == target.unsqueeze(1)
-        counts.append(torch.stack([hits[:, 0].sum(), hits.sum()]))
-    return torch.stack(counts)
+def _accuracy(correct: Sequence[int], count: int) -> Row:
+    top1, top5 = (100 * number / max(count, 1) for number in correct)
+    return {'top1': top1, 'top5': top5, 'correct1': correct[0], 'correct5': correct[1], 'count': count}
 
 
-def bad_images(target: Tensor, num_classes: int, dataset: Any, skip: bool | None) -> list[str]:
-    """Return the names of the images of a batch that could not be read, or raise what is wrong with them.
+def _results(
+        model: SubnetRunner,
+        rows: list[Row],
+        partial: bool,
+        skipped: list[str],
+        images: Images,
+        precision: str,
+        weights: bool = True,
+        **info: Any,
+) -> Results:
+    results = results_of(model, rows, {'partial': partial, 'skipped': skipped, **images.info}, weights)
+    setting = {'device': str(model.device), 'precision': setting_of(model, precision)['precision']}
+    results.info |= {'checkpoint': source_of(model).path, **setting, **info}
+    return results
+
+
+def evaluate_epochs(
+        folder: str | os.PathLike,
+        images: Any,
+        subnets: Sequence[tuple[Size, float]] | None = None,
+        *,
+        use_ema: bool = False,
+        settings: dict[str, Any] | None = None,
+        device: torch.device | str = 'cpu',
+        precision: str = 'float32',
+        progress: Progress = silent,
+        **kwargs: Any,
+) -> Results:
+    """Evaluate the checkpoint of each epoch that timm's ``train.py`` kept, see ``evaluate``.
+
+    Interrupted by Ctrl-C, it returns the epochs that are complete, with ``info['partial']`` True, or raises
+    ``KeyboardInterrupt`` if there is none.
 
     Args:
-        target: Classes of the images, from ``create_evaluation_loader``.
-        num_classes: Classes of the model.
-        dataset: The data set.
-        skip: Whether to pass over unreadable images; None where no option can ask for that.
-    """
-    faulty = target[(target < 0) | (target >= num_classes)].tolist()
-    if faulty and not (isinstance(dataset, ReadableImages) and max(faulty) < 0):
-        raise ValueError(f'class {max(faulty)} of an image is none of the {num_classes} classes of the model')
-    names = [dataset.name(-1 - mark) for mark in faulty]
-    if names and not skip:
-        reason = ''
-        try:
-            dataset.read(-1 - faulty[0])
-        except Exception as error:
-            reason = f' ({error})'
-        remedy = '' if skip is None else ', or pass over such images with --skip-bad-images'
-        raise OSError(f'image {names[0]} cannot be read{reason}; mend or remove it{remedy}')
-    return names
+        folder: The output folder of ``train.py``. Its ``last.pth.tar`` counts too, if it is of one epoch more.
+        images: The images, see ``open_images``.
+        subnets: Pairs (img_size, keep_rate) (default: all of the grid).
+        use_ema: Take the averaged weights of the checkpoints.
+        settings: Settings of the model, see ``load_model``.
+        device: Device to run on.
+        precision: As for ``evaluate``.
+        progress: Follows the batches, such as ``tqdm.tqdm``.
+        **kwargs: Further arguments of ``evaluate``.
 
-
-def check_complete(dataset: Any, seen: int, skip: bool) -> None:
-    """Check that a stream has delivered all images that it says it holds.
+    Returns:
+        One row for each epoch and subnet, as those of ``evaluate``, with ``epoch``.
 
     Raises:
-        OSError: If some are missing and ``skip`` is False.
+        CheckpointError: If weights cannot be read or do not fit the model.
+        FileNotFoundError: If there is no checkpoint of an epoch.
+        ValueError: If only some checkpoints have averaged weights, or as ``evaluate``.
     """
-    missing = count_missing(dataset, seen)
-    if missing and not skip:
-        raise OSError(
-            f'{missing} of {seen + missing} images were not delivered: timm passes over what it cannot read of a '
-            f'stream, with a warning; mend or remove them, correct the number of images in --split, or pass over such '
-            f'images with --skip-bad-images')
+    check_no_model_folder(os.fspath(folder))
+    images = open_images(images)
+    paths = find_checkpoints(folder)
+    rows: list[Row] = []
+    kinds: dict[str, Path] = {}
+    model, partial, skipped = None, False, []
+    try:
+        for path in paths:
+            checkpoint = read_checkpoint(path, use_ema)
+            epoch = checkpoint.epoch
+            if epoch is None or any(row['epoch'] == epoch for row in rows):
+                continue
+            kinds.setdefault(checkpoint.source('').weights_kind, path)
+            if len(kinds) > 1:
+                raise ValueError(
+                    f'{kinds["raw"]} has no averaged weights and {kinds["averaged"]} has; leave out --use-ema')
+            if model is None:
+                model = model_of(checkpoint, settings=settings, name_classes=False).to(device)
+            else:
+                load_weights(model, checkpoint)
+            follow = functools.partial(_relabel, progress, epoch)
+            counted, partial, bad = _count(model, images, subnets, precision=precision, progress=follow, **kwargs)
+            if partial:
+                break
+            rows += [{'epoch': epoch, **row} for row in counted]
+            skipped = bad
+    except KeyboardInterrupt:
+        partial = True
+    if partial and not rows:
+        raise KeyboardInterrupt
+    if model is None:
+        raise FileNotFoundError(
+            f'{os.fspath(folder)} holds no checkpoint-*.pth.tar of train.py; give the folder that has its summary.csv')
+    results = _results(
+        model, sorted(rows, key=lambda row: row['epoch']), partial, skipped, images, precision, weights=False)
+    results.network['weights_kind'] = next(iter(kinds))
+    results.info |= {
+        'checkpoint': os.fspath(folder), 'epochs': len(paths), 'entry': source_of(model).entry,
+        'other_entries': list(source_of(model).other_entries)}
+    return results
+
+
+def _relabel(progress: Progress, epoch: int, steps: Iterable[Any], label: str) -> Iterable[Any]:
+    return progress(steps, f'Epoch {epoch}')
+
+
+def find_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """Return the checkpoints of a run's folder in the order of their epochs, by their names; the last file once."""
+    paths = sorted(Path(folder).glob('checkpoint-*.pth.tar'), key=lambda path: int(re.sub(r'\D', '', path.name) or 0))
+    last = Path(folder, 'last.pth.tar')  # a second name of the newest one, or of an epoch that was not kept
+    is_more = last.is_file() and not any(last.samefile(path) for path in paths)
+    return [*paths, last] if is_more else paths
+
+
+def table_of_epochs(results: Results) -> list[Row]:
+    """Return one row for each epoch: the top-1 accuracy of each subnet under its name, and their ``mean``."""
+    epochs: dict[int, Row] = {}
+    for row in results.rows:
+        epochs.setdefault(row['epoch'], {})[str(subnet_of(row))] = row['top1']
+    return [{'epoch': epoch, **top1, 'mean': statistics.fmean(top1.values())} for epoch, top1 in epochs.items()]
+
+
+def evaluate_cascade(
+        cascade: Cascade,
+        images: Any,
+        *,
+        batch_size: int = 256,
+        workers: int = DEFAULT_WORKERS,
+        precision: str = 'float32',
+        skip_bad_images: bool = False,
+        progress: Progress = silent,
+) -> Results:
+    """Count what a cascade gets right, where images stop, and how long it takes.
+
+    Args:
+        cascade: The cascade.
+        images: The images, see ``open_images``.
+        batch_size: Images of a batch. Latencies are of such batches.
+        workers: Processes that read images.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` by autocast.
+        skip_bad_images: Pass over unreadable images and name them in ``info['skipped']``.
+        progress: Follows the batches, such as ``tqdm.tqdm``.
+
+    Returns:
+        One row with ``macs``, the mean of an image, ``top1``, ``top5``, ``correct1``, ``correct5`` and ``count``;
+        ``shares``, the percent of the images that stop at each stage; ``latency_ms`` and ``latency_p90_ms`` of a batch,
+        and ``latency_mean_ms`` of an image. ``info`` has a row for each of its ``stages``, and says how many of the
+        images it was calibrated on (``calibration_images``). Interrupted by Ctrl-C, it is of the images so far, and
+        ``info['partial']`` is True.
+
+    Raises:
+        OSError: If an image cannot be read and ``skip_bad_images`` is False; the message names it.
+        RuntimeError: If logits are not finite.
+        ValueError: If a class is none of the model's, or there are several processes.
+    """
+    if dist.is_available() and dist.is_initialized():
+        raise ValueError('a cascade is evaluated in one process, for its latency; leave torchrun out')
+    images = open_images(images)
+    loader = create_evaluation_loader(images.dataset, cascade, batch_size, workers)
+    correct = torch.zeros(2, dtype=torch.int64, device=cascade.device)
+    stopped = torch.zeros(len(cascade.stages), dtype=torch.int64, device=cascade.device)
+    seconds: list[tuple[float, int]] = []  # of each batch, and its images
+    skipped: list[str] = []
+    partial = False
+    try:
+        for batch, target in progress(loader, 'Evaluating'):
+            bad = bad_images(target, cascade.num_classes, loader.dataset, skip_bad_images)
+            with inference(cascade, precision):
+                if not seconds:
+                    cascade(batch)  # to warm up
+                start = _now(cascade.device)
+                logits, exits = cascade(batch, return_exits=True)
+                duration = _now(cascade.device) - start
+            check_finite([logits], cascade.stages[-1:])
+            hits, stops = count_hits([logits], target)[0], exits[target >= 0].bincount(minlength=len(stopped))
+            # In one go, so that an interrupt finds a whole number of batches.
+            correct, stopped, seconds, skipped = (
+                correct + hits, stopped + stops, [*seconds, (duration, len(target))], skipped + bad)
+        check_complete(loader.dataset, sum(size for _, size in seconds), skip_bad_images)
+    except KeyboardInterrupt:
+        if not seconds:
+            raise
+        partial = True
+    total = int(stopped.sum())
+    whole = [1e3 * duration for duration, size in seconds if size == seconds[0][1]]
+    median, p90 = np.percentile(whole, [50, 90]).tolist() if whole else (None, None)
+    stage_macs = [cost for cost in cascade.macs if cost is not None]
+    row = {
+        'cascade': cascade_text(cascade.stages, cascade.thresholds),
+        'macs': sum(count * cost for count, cost in zip(stopped.tolist(), stage_macs, strict=True)) / max(total, 1)
+        if len(stage_macs) == len(cascade.stages) else None,
+        **_accuracy(correct.tolist(), total),
+        'shares': [round(100 * count / max(total, 1), 2) for count in stopped.tolist()],
+        'batch_size': seconds[0][1] if seconds else 0,
+        **setting_of(cascade, precision),
+        'latency_ms': median,
+        'latency_p90_ms': p90,
+        'latency_mean_ms': 1e3 * sum(duration for duration, _ in seconds) / max(sum(size for _, size in seconds), 1),
+    }
+    stages = [
+        {'stage': str(stage), 'threshold': threshold, 'images [%]': share, 'macs': cost}
+        for stage, threshold, share, cost in zip(
+            cascade.stages, [*cascade.thresholds, None], row['shares'], cascade.macs, strict=True)]
+    return _results(
+        cascade, [row], partial, skipped, images, precision,
+        stages=stages, calibration_images=_count_calibrated(cascade, images))
+
+
+def _count_calibrated(cascade: Cascade, images: Images) -> int:
+    """Return how many of the images a cascade was calibrated on, as its file says."""
+    info = cascade.calibration
+    folders = [os.path.realpath(str(folder or '')) for folder in (
+        info.get('calibration_dir') or info.get('data_dir'), images.data_dir)]
+    same = folders[0] == folders[1] and (info.get('dataset'), info.get('split')) == (images.name, images.split)
+    return info.get('calibration_images') or 0 if same else 0
+
+
+def _now(device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -4,7 +4,9 @@ All candidates are measured in the same rounds, each once a round and in a new o
 gets slower or faster on the way treats them alike. Each measurement follows two calls that warm it up.
 """
 import contextlib
+import copy
 import difflib
+import functools
 import itertools
 import json
 import platform
@@ -19,18 +21,16 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..fingerprint import fingerprint
 from ..models.supervit import SuperVisionTransformer
-from ..subnets import Subnet, size_2d
-from .export import write_program
-from .fixed_subnet import FixedSubnet
-from .macs import count_macs
-from .program import open_session
-from .progress import Progress, silent
-from .results import Results, Row
-
-__all__ = ['PRECISIONS', 'RUNTIMES', 'peak_allocation', 'profile']
+from ..programs.program import open_session
+from ..programs.subnet_modules import FixedSubnet
+from ..programs.writing import write_program
+from ..results.rows import Results, Row, results_of
+from ..runner import SubnetRunner, setting_of
+from ..subnets import Size, size_2d
+from . import Progress, silent
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 RUNTIMES = ('eager', 'compile', 'onnx')
@@ -38,31 +38,30 @@ RUNTIMES = ('eager', 'compile', 'onnx')
 _WARM_UP_CALLS = 3
 
 
-class _Network(NamedTuple):
-    """A network to measure: the keys of its rows that name it, and the size of its input (C, H, W)."""
+class _Subject(NamedTuple):
+    """What is measured: the keys of its rows that name it, what is called with images, and their size (C, H, W)."""
 
     row: Row
-    module: nn.Module
+    call: Callable[[Tensor], Tensor]
     input_size: tuple[int, int, int]
 
 
 class _Candidate(NamedTuple):
-    """A network in one setting: the row so far, and a call to measure."""
+    """A subject in one setting: the row so far, and a call to measure."""
 
     row: Row
-    network: _Network
+    subject: _Subject
     run: Callable[[], Any]
 
 
 def profile(
-        model: SuperVisionTransformer,
-        subnets: Sequence[Subnet] | None = None,
-        name: str = '',
+        model: SubnetRunner,
+        subnets: Sequence[tuple[Size, float]] | None = None,
+        *,
         peers: Sequence[str] = (),
         batch_sizes: Sequence[int] = (1,),
         precisions: Sequence[str] = ('float32',),
         runtimes: Sequence[str] = ('eager',),
-        device: torch.device | str = 'cpu',
         rounds: int = 30,
         progress: Progress = silent,
 ) -> Results:
@@ -72,17 +71,16 @@ def profile(
     the median ``latency_ms`` of a batch, its 90th percentile ``latency_p90_ms`` and interquartile range
     ``latency_iqr_ms``, the ``throughput`` in images per second at the median, and ``memory_mib``: the weights and what
     one call has allocated beside them at its peak. On a CPU that is what goes through torch's allocator, so not the
-    scratch memory of the math libraries under it; of onnxruntime it is not known.
+    scratch memory of the math libraries under it; of onnxruntime and of exported files it is not known.
 
     Args:
-        model: The model, in evaluation mode; it is moved to the device.
-        subnets: The subnets (default: all of its grid).
-        name: Name of the model, for the results.
+        model: A SuperViT in evaluation mode, or an exported file, which runs in its own precision and runtime. The
+            device is the model's.
+        subnets: The subnets (default: all of the grid).
         peers: Names of other models of timm. They run with random weights at the input size of their configuration.
         batch_sizes: Numbers of images in a batch.
         precisions: ``float32``, or ``bfloat16`` or ``float16`` by autocast.
         runtimes: ``eager``, ``compile`` (``torch.compile``) or ``onnx`` (onnxruntime, in float32 only).
-        device: Device to measure on.
         rounds: How often each candidate is measured, at least 2.
         progress: Follows the networks as they are prepared and then the rounds, such as ``tqdm.tqdm``.
 
@@ -91,8 +89,8 @@ def profile(
         complete, and ``info['partial']`` is True.
 
     Raises:
-        RuntimeError: If onnxruntime cannot run on the device, or there is no such peer.
-        ValueError: If a setting is unknown, onnx is asked for in another precision, or the model has no such subnet.
+        RuntimeError: If onnxruntime cannot run on the device.
+        ValueError: If a setting is unknown or not possible, the model has no such subnet, or there is no such peer.
     """
     settings: list[Row] = [
         dict(batch_size=batch_size, precision=precision, runtime=runtime)
@@ -102,16 +100,19 @@ def profile(
         _check_setting(**setting)
     if rounds < 2:
         raise ValueError(f'rounds {rounds} shows no spread; use 2 or more')
-    device = torch.device(device)
-    networks = _networks(model, model.subnets if subnets is None else subnets, peers, device)
+    if not isinstance(model, SuperVisionTransformer) and (*precisions, *runtimes) != ('float32', 'eager'):
+        raise ValueError('an exported file runs in its own precision and runtime; leave --precision and --runtime out')
+    device = model.device
+    subjects = [*_subnet_subjects(model, subnets), *(_peer_subject(peer, device) for peer in peers)]
     candidates = []
-    with tempfile.TemporaryDirectory() as folder, _compiling(len(networks) * len(settings)):
-        for i, network in enumerate(progress(networks, 'Preparing')):
+    with tempfile.TemporaryDirectory() as folder, _compiling(len(subjects) * len(settings)):
+        for i, subject in enumerate(progress(subjects, 'Preparing')):
             for setting in settings:
-                run = _callable(network, device, Path(folder) / f'{i}.onnx', **setting)
+                run = _callable(subject, device, Path(folder) / f'{i}.onnx', **setting)
                 for _ in range(_WARM_UP_CALLS):
                     run()
-                candidates.append(_Candidate(network.row | setting, network, run))
+                own = {} if 'model' in subject.row else setting_of(model, setting['precision'], setting['runtime'])
+                candidates.append(_Candidate({**subject.row, **setting, **own}, subject, run))
         memory = [_peak_memory(candidate, device) for candidate in candidates]
         times, partial = _measure(candidates, rounds, progress)
     rows = [
@@ -119,7 +120,7 @@ def profile(
         for candidate, seconds, mib in zip(candidates, times, memory, strict=True)
     ]
     info = {'partial': partial, 'rounds': len(times[0]), **_describe(device)}
-    return Results(name, rows, info, fingerprint(model, weights=False))
+    return results_of(model, rows, info, weights=False)
 
 
 def _check_setting(batch_size: int, precision: str, runtime: str) -> None:
@@ -133,26 +134,40 @@ def _check_setting(batch_size: int, precision: str, runtime: str) -> None:
         raise ValueError(f'runtime onnx runs in float32 only, not in {precision}; measure it in a run of its own')
 
 
-def _networks(
-        model: SuperVisionTransformer,
-        subnets: Sequence[Subnet],
-        peers: Sequence[str],
-        device: torch.device,
-) -> list[_Network]:
-    networks = []
-    for subnet in subnets:
-        row = dict(subnet._asdict(), macs=model.macs(subnet))
-        input_size = (model.in_chans, *size_2d(model.img_sizes[-1]))
-        networks.append(_Network(row, FixedSubnet(model.to(device), subnet), input_size))
-    for peer in peers:
-        if ':' not in peer and not timm.is_model(peer):
-            near = difflib.get_close_matches(peer, timm.list_models(), 1)
-            raise ValueError(f'timm has no model {peer} to measure beside it; '
-                             + (f'did you mean {near[0]}?' if near else 'timm.list_models() lists those that it has'))
-        module: Any = timm.create_model(peer).eval()
-        networks.append(_Network(
-            dict(model=peer, macs=count_macs(module)), module.to(device), module.pretrained_cfg['input_size']))
-    return networks
+def _subnet_subjects(model: Any, subnets: Sequence[tuple[Size, float]] | None) -> list[_Subject]:
+    input_size = (model.in_chans, *size_2d(model.img_sizes[-1]))
+    return [
+        _Subject(
+            {**subnet._asdict(), 'macs': cost},
+            FixedSubnet(model, subnet) if isinstance(model, SuperVisionTransformer)
+            else functools.partial(model, img_size=subnet.img_size, keep_rate=subnet.keep_rate),
+            input_size)
+        for subnet, cost in model.subnet_macs(subnets).items()]
+
+
+def _peer_subject(name: str, device: torch.device) -> _Subject:
+    if ':' not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 1)
+        raise ValueError(f'timm has no model {name} to measure beside it; '
+                         + (f'did you mean {near[0]}?' if near else 'timm.list_models() lists those that it has'))
+    module: Any = timm.create_model(name).eval()
+    return _Subject(dict(model=name, macs=count_macs(module)), module.to(device), module.pretrained_cfg['input_size'])
+
+
+def count_macs(model: nn.Module) -> int:
+    """Return the multiply-accumulates of one forward of one image, as torch's flop counter sees them.
+
+    Matrix products, convolutions and attention are counted. The forward runs on the meta device, on a copy.
+
+    Args:
+        model: Any model of timm; the image has the size of its ``pretrained_cfg``.
+    """
+    config: Any = model.pretrained_cfg
+    meta = copy.deepcopy(model).to('meta').eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        meta(torch.empty(1, *config['input_size'], device='meta'))
+    return counter.get_total_flops() // 2
 
 
 @contextlib.contextmanager
@@ -164,20 +179,21 @@ def _compiling(count: int) -> Iterator[None]:
 
 
 def _callable(
-        network: _Network,
+        subject: _Subject,
         device: torch.device,
         onnx_path: Path,
         batch_size: int,
         precision: str,
         runtime: str,
 ) -> Callable[[], Any]:
-    images = torch.randn(batch_size, *network.input_size, device=device)
+    images = torch.randn(batch_size, *subject.input_size, device=device)
+    call: Any = subject.call
     if runtime == 'onnx':
         if not onnx_path.exists():
-            write_program(network.module, torch.randn(2, *network.input_size, device=device), onnx_path, 'onnx')
+            write_program(call, torch.randn(2, *subject.input_size, device=device), onnx_path, 'onnx')
         session, array = open_session(onnx_path, device), images.cpu().numpy()
         return lambda: session.run(None, {'image': array})
-    forward = torch.compile(network.module, dynamic=False) if runtime == 'compile' else network.module
+    forward = torch.compile(call, dynamic=False) if runtime == 'compile' else call
     dtype = getattr(torch, precision)
 
     @torch.inference_mode()
@@ -220,9 +236,9 @@ def _summary(seconds: Sequence[float], batch_size: int) -> Row:
 
 def _peak_memory(candidate: _Candidate, device: torch.device) -> float | None:
     """Return the MiB of the weights and of what a call allocates beside them at its peak; None where it is unknown."""
-    if candidate.row['runtime'] == 'onnx' or device.type not in ('cpu', 'cuda'):
+    module = candidate.subject.call
+    if not isinstance(module, nn.Module) or candidate.row['runtime'] == 'onnx' or device.type not in ('cpu', 'cuda'):
         return None
-    module = candidate.network.module
     weights = sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
     return (weights + peak_allocation(candidate.run, device)) / 2 ** 20
 

@@ -14,14 +14,13 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import random_seed
 
-from .data import ReadableImages, create_evaluation_loader
+from ..images.datasets import ReadableImages
+from ..results.files import fill_folder
+from ..results.fingerprint import Source
+from ..results.pictures import draw_operating_points
+from ..results.rows import Results, write_results
+from . import Progress, silent
 from .evaluate import evaluate
-from .files import fill_folder
-from .pictures import draw_operating_points
-from .progress import Progress, silent
-from .results import Results, save_results
-
-__all__ = ['load_digits', 'quickstart', 'train']
 
 Example = tuple[Image.Image, int]
 
@@ -85,15 +84,6 @@ def train(model: Any, examples: list[Example], epochs: int, progress: Progress =
     model.eval()
 
 
-def save_images(examples: list[Example], folder: Path) -> None:
-    """Write examples as a data set that timm reads, a folder of PNG files for each class."""
-    for target in sorted({target for _, target in examples}):
-        with fill_folder(folder / str(target)) as images:
-            for i, (image, own) in enumerate(examples):
-                if own == target:
-                    image.save(images / f'{i:03}.png')
-
-
 def quickstart(
         output: str | os.PathLike = 'output/digits',
         seed: int = 42,
@@ -122,15 +112,17 @@ def quickstart(
         model: Any = timm.create_model('supervit_digits', weight_init='jax')
         examples, held_out = load_digits(model.img_sizes[-1])
         train(model, examples, epochs, progress)
-        results = evaluate(
-            model, create_evaluation_loader(held_out, model, num_workers=0), name=f'local-dir:{Path(output)}',
-            progress=progress)
+        model.source = Source(f'local-dir:{Path(output)}')
+        results = evaluate(model, held_out, workers=0, progress=progress)
         if results.partial:
             raise KeyboardInterrupt
-        results.info |= {'seed': seed, 'epochs': epochs}
+        results.info = {'partial': False, 'skipped': [], 'seed': seed, 'epochs': epochs}
         model.pretrained_cfg['label_names'] = [str(digit) for digit in range(model.num_classes)]
         timm.models.save_for_hf(model, str(folder), safe_serialization=True)
-        save_results(results, folder, 'evaluate')
-        draw_operating_points(results.rows, folder / 'evaluate.png', title='supervit_digits on held-out digits')
-        save_images(held_out, Path(output) / 'validation')
+        picture = draw_operating_points(results.rows, title='supervit_digits on held-out digits')
+        write_results(results, folder, 'evaluate', {'.png': picture})
+        for i, (image, target) in enumerate(held_out):
+            path = folder / 'validation' / str(target) / f'{i:03}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
     return results

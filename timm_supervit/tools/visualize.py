@@ -1,7 +1,8 @@
 """Pictures of token keeping: an image as a subnet sees it, with the patches masked that each dropping block dropped."""
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,28 +12,57 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from ..fingerprint import fingerprint
+from ..images.datasets import preprocessing
+from ..images.passes import check_finite
+from ..loading.class_names import shown_class_names
 from ..models.supervit import SuperVisionTransformer, resize_images
-from ..subnets import Subnet, format_size
-from .class_names import class_names
-from .data import preprocessing
-from .evaluate import check_finite
-from .pictures import save_picture
-from .results import Results, column_of
-
-__all__ = [
-    'KeptTokens',
-    'class_name',
-    'draw_kept_tokens',
-    'find_kept_tokens',
-    'pages',
-    'read_image',
-    'summarize',
-    'telling_subnets',
-]
+from ..results.pictures import plain_text
+from ..results.rows import Results, column_of, results_of
+from ..subnets import Size, Subnet, format_size
 
 _MASK_COLOR, _MASK_OPACITY = 0.93, 0.85  # light, as on paper; what was dropped shines through
 _ROWS_OF_A_PICTURE = 4
+
+
+class Visualization(NamedTuple):
+    """What subnets predict and keep.
+
+    Attributes:
+        results: One row for each image and subnet: the prediction, and how many patches are left after each block.
+        pictures: Pictures of that, of four rows at most.
+    """
+
+    results: Results
+    pictures: list[Figure]
+
+
+def visualize(
+        model: SuperVisionTransformer,
+        images: Sequence[str | os.PathLike],
+        subnets: Sequence[tuple[Size, float]] | None = None,
+) -> Visualization:
+    """Draw which patches of images subnets keep.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: Image files.
+        subnets: Pairs (img_size, keep_rate) (default: those of ``telling_subnets``).
+
+    Raises:
+        OSError: If an image cannot be read; the message names it.
+        RuntimeError: If a subnet's logits are not finite; the message names it.
+        ValueError: If the model has no such subnet.
+    """
+    macs = model.subnet_macs(subnets or telling_subnets(model, len(images)))
+    found = [
+        kept for path in images
+        for kept in find_kept_tokens(model, read_image(path, model), macs, Path(path).stem)]
+    rows = [
+        dict(image=row.title, **row.subnet._asdict(), macs=row.macs, prediction=row.prediction,
+             probability=row.probability, kept={block: int(kept.sum()) for block, kept in row.kept.items()})
+        for row in found]
+    pages = [found[i:i + _ROWS_OF_A_PICTURE] for i in range(0, len(found), _ROWS_OF_A_PICTURE)]
+    return Visualization(results_of(model, rows, {}), [draw_kept_tokens(page) for page in pages])
 
 
 class KeptTokens(NamedTuple):
@@ -58,23 +88,13 @@ class KeptTokens(NamedTuple):
 
 
 def read_image(path: str | os.PathLike, model: SuperVisionTransformer) -> Tensor:
-    """Read an image file and prepare it as for the model's evaluation, [C, H, W].
-
-    Raises:
-        OSError: If there is no such file or it is no image; the message names it.
-    """
+    """Read an image file and prepare it as for the model's evaluation, [C, H, W]."""
     transform: Any = create_transform(**preprocessing(model))
     try:
         with Image.open(path) as image:
             return transform(image.convert('L' if model.in_chans == 1 else 'RGB'))
     except Exception as error:  # Pillow raises more: SyntaxError, struct.error, DecompressionBombError, ...
         raise OSError(f'{os.fspath(path)} cannot be read as an image: {error}') from error
-
-
-def class_name(model: SuperVisionTransformer, index: int) -> str:
-    """Return the name of a class: the model's own, or ImageNet's where the number of classes is one of its subsets'."""
-    names = class_names(model)
-    return names[index] if names else f'class {index}'
 
 
 def telling_subnets(model: SuperVisionTransformer, num_images: int) -> list[Subnet]:
@@ -92,7 +112,7 @@ def telling_subnets(model: SuperVisionTransformer, num_images: int) -> list[Subn
 def find_kept_tokens(
         model: SuperVisionTransformer,
         image: Tensor,
-        subnets: Sequence[Subnet],
+        macs: Mapping[Subnet, Any],
         title: str = '',
 ) -> list[KeptTokens]:
     """Run subnets on one image and see which patches they keep.
@@ -100,29 +120,25 @@ def find_kept_tokens(
     Args:
         model: The model, in evaluation mode.
         image: A prepared image [C, H, W].
-        subnets: The subnets to run.
+        macs: The subnets to run, with their multiply-accumulates.
         title: Name of the image.
-
-    Raises:
-        RuntimeError: If a subnet's logits are not finite; the message names it.
-        ValueError: If the model has no such subnet.
     """
-    config: Any = model.pretrained_cfg
+    config, names = preprocessing(model), shown_class_names(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    x = image.unsqueeze(0).to(next(model.parameters()).device)
-    found = []
-    for subnet in subnets:
+    x = image.unsqueeze(0).to(model.device)
+    kept_tokens = []
+    for subnet, cost in macs.items():
         logits = model(x, **subnet._asdict())
         check_finite([logits], [subnet])
         probability, index = logits.softmax(dim=1).max(dim=1)
         pixels = resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean  # [C, H, W]
-        found.append(KeptTokens(
-            title, subnet, model.macs(subnet), class_name(model, int(index)), probability.item(),
+        kept_tokens.append(KeptTokens(
+            title, subnet, cost, names[int(index)], probability.item(),
             pixels.clamp(0, 1).permute(1, 2, 0).numpy(),
             {block: _to_grid(patches[0].cpu(), model.grid_size(subnet.img_size))
              for block, patches in model.kept_patches(x, **subnet._asdict()).items()},
         ))
-    return found
+    return kept_tokens
 
 
 def _to_grid(patches: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
@@ -131,41 +147,12 @@ def _to_grid(patches: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
     return kept.reshape(grid_size)
 
 
-def summarize(found: Sequence[KeptTokens], model: SuperVisionTransformer, name: str = '') -> Results:
-    """Return one row for each image and subnet: the prediction, and how many patches are left after each block.
-
-    Args:
-        found: The rows of the picture, from ``find_kept_tokens``.
-        model: The model that they are of.
-        name: Its name for the results.
-    """
-    rows = [
-        dict(image=row.title, **row.subnet._asdict(), macs=row.macs, prediction=row.prediction,
-             probability=row.probability, kept={block: int(kept.sum()) for block, kept in row.kept.items()})
-        for row in found
-    ]
-    return Results(name, rows, network=fingerprint(model))
-
-
-def pages(found: Sequence[KeptTokens]) -> list[Sequence[KeptTokens]]:
-    """Return rows in parts of which each, drawn, fits a screen."""
-    return [found[i:i + _ROWS_OF_A_PICTURE] for i in range(0, len(found), _ROWS_OF_A_PICTURE)]
-
-
-def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> None:
-    """Draw each image before and after each dropping block, one row for each subnet, and write the picture as PNG.
-
-    Args:
-        found: The rows, from ``find_kept_tokens``.
-        path: The file to write.
-
-    Raises:
-        OSError: If the file cannot be written; one of that name is then as it was.
-    """
-    columns = 1 + max(len(row.kept) for row in found)
+def draw_kept_tokens(kept_tokens: Sequence[KeptTokens]) -> Figure:
+    """Draw each image before and after each dropping block, one row for each subnet."""
+    columns = 1 + max(len(row.kept) for row in kept_tokens)
     # Figure without pyplot: no display, no global state. 1600 pixels wide for the usual three dropping blocks.
-    figure = Figure(figsize=(max(8, 2 * columns), 2.55 * len(found)), layout='constrained')
-    for part, row in zip(np.ravel(figure.subfigures(len(found), 1, squeeze=False)), found, strict=True):
+    figure = Figure(figsize=(max(8, 2 * columns), 2.55 * len(kept_tokens)), layout='constrained')
+    for part, row in zip(np.ravel(figure.subfigures(len(kept_tokens), 1, squeeze=False)), kept_tokens, strict=True):
         part.suptitle(_caption(row), x=0.01, horizontalalignment='left', fontsize=12, fontweight='bold')
         cells = part.subplots(1, columns, squeeze=False)[0]
         steps = {f'input, {format_size(row.subnet.img_size)} px': row.image}
@@ -176,13 +163,13 @@ def draw_kept_tokens(found: Sequence[KeptTokens], path: str | os.PathLike) -> No
         for cell, (title, image) in zip(cells, steps.items(), strict=False):
             cell.set_title(title, fontsize=11)
             cell.imshow(image, cmap='gray', vmin=0, vmax=1)  # the colour map is for images of one channel
-    save_picture(figure, path)
+    return plain_text(figure)
 
 
 def _caption(row: KeptTokens) -> str:
     cost = column_of([{'macs': row.macs}], 'macs')
     return (
-        f'{row.title + ", " if row.title else ""}size {format_size(row.subnet.img_size)}, '
+        f'{f"{row.title}, " if row.title else ""}size {format_size(row.subnet.img_size)}, '
         f'keep rate {row.subnet.keep_rate:g}: {row.prediction} ({row.probability:.0%}) '
         f'at {cost.text(row.macs)} {cost.unit}MACs')
 

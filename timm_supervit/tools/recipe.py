@@ -1,8 +1,6 @@
 """The training recipes: YAML files that timm's ``train.py -c`` reads, kept beside this package's code."""
 from importlib.resources import files
 
-__all__ = ['read_recipe', 'recipe_names']
-
 _FOLDER = files('timm_supervit') / 'recipes'
 
 
@@ -11,12 +9,8 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix('.yaml') for file in _FOLDER.iterdir() if file.name.endswith('.yaml'))
 
 
-def read_recipe(name: str) -> str:
-    """Return a recipe as YAML text.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+def recipe(name: str) -> str:
+    """Return a recipe as YAML text."""
     if name not in recipe_names():
         raise ValueError(f'recipe {name!r} is unknown; use one of {", ".join(recipe_names())}')
     return (_FOLDER / f'{name}.yaml').read_text(encoding='utf-8')

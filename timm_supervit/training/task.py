@@ -16,13 +16,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .models.supervit import SuperVisionTransformer
-from .subnets import Size, Subnet
-
-__all__ = ['SubnetLoss', 'SuperViTTask', 'find_supervit']
+from ..models.supervit import SuperVisionTransformer, find_supervit
+from ..subnets import Size, Subnet
 
 _logger = logging.getLogger(__name__)
 
@@ -39,14 +36,6 @@ class SubnetLoss(NamedTuple):
     subnet: Subnet
     role: str
     loss: Tensor
-
-
-def find_supervit(model: Any) -> SuperVisionTransformer | None:
-    """Return the SuperViT that a model is, or that it wraps: for distribution, averaging, compiling, or by PEFT."""
-    model = unwrap_model(model)
-    if get_base_model := getattr(model, 'get_base_model', None):
-        model = get_base_model()
-    return model if isinstance(model, SuperVisionTransformer) else None
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -145,15 +134,17 @@ class SuperViTTask(ClassificationTask):
             ValueError: If the batch is empty, or the criterion does not return one number.
         """
         subnets = self.sample_subnets()
-        outputs = self._run(input, subnets)
-        return self._add_up(subnets, outputs, lambda logits: self._judge(logits, target))
+        outputs = self.run_subnets(input, subnets)
+        return self.add_up(subnets, outputs, lambda logits: self.criterion_loss(logits, target))
 
-    def _run(self, input: Tensor, subnets: Sequence[Subnet], **kwargs: Any) -> list[Any]:
+    def run_subnets(self, input: Tensor, subnets: Sequence[Subnet], **kwargs: Any) -> list[Any]:
+        """Return what the model, with its wrappers, says of a batch for each subnet."""
         if not len(input):
             raise ValueError(f'this batch of shape {tuple(input.shape)} holds no image; leave it out')
         return self.trainable_module(input, subnets=subnets, **kwargs)
 
-    def _judge(self, logits: Tensor, target: Tensor) -> Tensor:
+    def criterion_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of the training script's criterion [], which must be one number."""
         loss = self.criterion(logits, target)
         if loss.ndim:
             raise ValueError(
@@ -161,13 +152,13 @@ class SuperViTTask(ClassificationTask):
                 f'one number; use one with reduction="mean"')
         return loss
 
-    def _add_up(
+    def add_up(
             self,
             subnets: Sequence[Subnet],
             outputs: Sequence[Tensor],
             label_loss: Callable[[Tensor], Tensor],
     ) -> dict[str, Any]:
-        # label_loss(logits) is the loss of a subnet that learns from the labels.
+        """Return what a step returns; ``label_loss(logits)`` is the loss of a subnet that learns from the labels."""
         teachers: dict[Size, Tensor] = {}
         losses, roles = [], []
         for subnet, logits in zip(subnets, outputs, strict=True):

@@ -4,29 +4,15 @@ import io
 import json
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..subnets import Subnet, check_img_size, check_keep_rate, format_size
 from .files import fill_folder
+from .fingerprint import differing, fingerprint, source_of
 from .text import spreadsheet, visible
-
-__all__ = [
-    'COLUMNS',
-    'Column',
-    'Results',
-    'Row',
-    'column_of',
-    'difference',
-    'heading_of',
-    'is_int8',
-    'load_results',
-    'name_of',
-    'save_results',
-    'subnet_of',
-]
 
 Row = dict[str, Any]
 
@@ -77,15 +63,12 @@ COLUMNS = {
     'cascade': Column('cascade (threshold)', '', 'setting', None),  # as ``cascade_text`` writes it
     'macs': Column('MACs per image', 'M', 'cost', 2, 1e6),
     'latency_ms': Column('latency, median', 'ms', 'cost'),  # of one forward of a batch
-    'int8_latency_ms': Column('latency of int8, median', 'ms', 'cost'),
     'latency_p90_ms': Column('latency, p90', 'ms', 'cost'),
     'latency_iqr_ms': Column('latency, IQR', 'ms', 'cost'),
     'latency_mean_ms': Column('latency of an image, mean', 'ms', 'cost', 3),  # a batch's time shared by its images
     'throughput': Column('throughput', 'images/s', 'cost', 1, more_is_better=True),
     'memory_mib': Column('peak memory', 'MiB', 'cost', 1),
     'top1': Column('top-1', '%', 'outcome', more_is_better=True),
-    'int8_top1': Column('top-1 of int8', '%', 'outcome', more_is_better=True),
-    'kept_same': Column('same patches kept', '%', 'outcome', more_is_better=True),
     'top5': Column('top-5', '%', 'outcome', more_is_better=True),
     'correct1': Column('top-1 correct', 'images', 'outcome', 0, more_is_better=True),
     'correct5': Column('top-5 correct', 'images', 'outcome', 0, more_is_better=True),
@@ -122,6 +105,20 @@ class Results:
         return bool(self.info.get('partial'))
 
 
+def results_of(model: Any, rows: list[Row], info: dict[str, Any], weights: bool = True) -> Results:
+    """Return results of a model, with its name and its fingerprint.
+
+    Args:
+        model: A SuperViT, an exported program or a cascade.
+        rows: The rows.
+        info: How they were measured.
+        weights: Whether they depend on the weights.
+    """
+    source = source_of(model)
+    kind = {'weights_kind': source.weights_kind} if weights and getattr(model, 'source', None) else {}
+    return Results(source.name, rows, info, fingerprint(model, weights) | kind)
+
+
 def column_of(rows: Iterable[Row], key: str) -> Column:
     """Return what stands under a key of these rows; MACs in the unit that suits them all."""
     column = COLUMNS.get(key, Column(key))
@@ -138,7 +135,7 @@ def heading_of(rows: Iterable[Row], key: str) -> str:
     counts = {row['count'] for row in rows if row.get(key) is not None and row.get('count')}
     if column.kind == 'outcome' and len(counts) == 1:
         count = counts.pop()
-        column = column._replace(title=f'{column.title} of {count:,} image{"s" * (count != 1)}')
+        column = column._replace(title=f'{column.title} of {count:,} image{"" if count == 1 else "s"}')
     return column.heading
 
 
@@ -161,13 +158,11 @@ def is_int8(row: Row) -> bool:
 
 def difference(one: Results, other: Results) -> str:
     """Return in what the networks of two results differ, or ``''``. Weights count where both depend on them."""
-    networks = [results.network or {'model': results.model} for results in (one, other)]
     if bool(one.network) != bool(other.network):
         return 'one of them does not say what its network is'
-    for key in dict.fromkeys([*networks[0], *networks[1]]):
+    networks = [results.network or {'model': results.model} for results in (one, other)]
+    for key in differing(*networks):
         values = [network.get(key, 'unknown') for network in networks]
-        if key == 'weights_kind' or values[0] == values[1] or (key == 'weights' and None in values):
-            continue
         if key == 'weights':
             values = [f'{value[:12]} ({network.get("weights_kind") or "raw"})'
                       for value, network in zip(values, networks, strict=True)]
@@ -175,19 +170,48 @@ def difference(one: Results, other: Results) -> str:
     return ''
 
 
-def save_results(results: Results, folder: str | os.PathLike, name: str) -> list[Path]:
-    """Write ``name.json`` and, for spreadsheets, the rows as ``name.csv`` to a folder; return their paths.
+def pareto_front(items: Iterable[Any], cost: Callable[[Any], float], quality: Callable[[Any], float]) -> list[Any]:
+    """Return the items that no other one beats in both cost and quality, cheapest first."""
+    front: list[Any] = []
+    for item in sorted(items, key=lambda item: (cost(item), -quality(item))):
+        if not front or quality(item) > quality(front[-1]):
+            front.append(item)
+    return front
 
-    Partial results go to ``name-partial.json`` and ``.csv``, so that they never take the place of complete ones.
+
+def save_results(results: Results, folder: str | os.PathLike, name: str, files: Mapping[str, Any] | None = None) -> str:
+    """Write results to a folder as JSON and, for spreadsheets, as CSV, and more beside them; all of it or nothing.
+
+    Partial results go to ``NAME-partial``, so that they never take the place of complete ones.
+
+    Args:
+        results: The results.
+        folder: The folder; it is made if missing.
+        name: Name of the files, without an ending.
+        files: Figures of Matplotlib, written as PNG, and texts, by their names; of a name that begins with a dot or a
+            hyphen the beginning is ``name``.
+
+    Returns:
+        Name of the JSON file.
 
     Raises:
-        OSError: If they cannot be written; a file of that name is then as it was.
+        OSError: If they cannot be written; the files of these names are then as they were.
     """
-    name += '-partial' if results.partial else ''
     with fill_folder(folder) as new:
-        (new / f'{name}.json').write_text(json.dumps(asdict(results), indent=2) + '\n', encoding='utf-8')
-        (new / f'{name}.csv').write_text(_to_csv(results.rows), encoding='utf-8')
-    return [Path(folder) / f'{name}.json', Path(folder) / f'{name}.csv']
+        return write_results(results, new, name, files)
+
+
+def write_results(results: Results, folder: Path, name: str, files: Mapping[str, Any] | None = None) -> str:
+    """Write results as ``save_results`` does, into a folder that is somebody else's to put in its place."""
+    name += '-partial' if results.partial else ''
+    table = {'.json': json.dumps(asdict(results), indent=2) + '\n', '.csv': _to_csv(results.rows)}
+    for key, content in {**table, **(files or {})}.items():
+        path = folder / (f'{name}{key}' if key.startswith(('.', '-')) else key)
+        if isinstance(content, str):
+            path.write_text(content, encoding='utf-8')
+        else:
+            content.savefig(path, dpi=200, format='png')
+    return f'{name}.json'
 
 
 def _to_csv(rows: Iterable[Row]) -> str:

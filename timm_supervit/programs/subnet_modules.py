@@ -1,7 +1,8 @@
-"""All subnets of a model as one network, which takes the image size and the keep rate as tensors: what export needs.
+"""Subnets as modules of their own: what export, compilation and measuring need, which take a module and no setting.
 
-What Python code decides in the model, by comparing sizes and counting tokens, is part of the graph here: the position
-embedding is chosen by the size, and each dropping block keeps a number of tokens that is known only when it runs.
+``FixedSubnet`` is one subnet. ``ElasticSubnet`` is any subnet, chosen by tensors: what Python code decides in the
+model, by comparing sizes and counting tokens, is part of the graph there. The position embedding is chosen by the size,
+and each dropping block keeps a number of tokens that is known only when it runs.
 """
 from typing import Any
 
@@ -10,9 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.supervit import SuperVisionTransformer
-from ..subnets import format_size, size_2d
+from ..subnets import Subnet, format_size, size_2d
 
-__all__ = ['ElasticNetwork', 'Requirement']
+
+class FixedSubnet(nn.Module):
+    """Runs one subnet of a model; the weights are the model's own.
+
+    Args:
+        model: The model.
+        subnet: The subnet, one of the model's sizes.
+    """
+
+    def __init__(self, model: SuperVisionTransformer, subnet: Subnet) -> None:
+        super().__init__()
+        self.model = model
+        self.subnet = subnet
+        self.schedule = model.schedule(subnet)
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [B, num_classes] of images [B, C, H, W] of any size."""
+        model = self.model
+        x = model.run_blocks(model.embed(x, self.subnet.img_size), self.schedule)
+        return model.forward_head(model.norm(x))
 
 
 class Requirement(nn.Module):
@@ -29,14 +50,14 @@ class Requirement(nn.Module):
         self.name = name
 
     def forward(self, holds: Tensor) -> Tensor:
-        """Return the place [1] of the one true value among ``holds`` [N]."""
+        """Return the index [1] of the one true value among ``holds`` [N]."""
         if torch.onnx.is_in_onnx_export():
             return holds.nonzero().reshape(1)
         torch._assert_async(holds.any(), self.name.replace('_', ' '))
         return holds.long().argmax().reshape(1)
 
 
-class ElasticNetwork(nn.Module):
+class ElasticSubnet(nn.Module):
     """Runs any subnet of a model, chosen by tensors; the weights and modules are the model's own.
 
     Args:
@@ -56,8 +77,8 @@ class ElasticNetwork(nn.Module):
         self.sizes = torch.tensor([height for height, _ in sizes] if self.is_square else sizes)
         self.table = torch.tensor([
             (rows, columns, rows * columns, sum(lengths[:i])) for i, (rows, columns) in enumerate(self.grids)])
-        self.img_size = Requirement(f'img_size_must_be_one_of_{"_".join(map(format_size, model.img_sizes))}')
-        self.keep_rate = Requirement('keep_rate_must_be_above_0_and_at_most_1')
+        self.require_size = Requirement(f'img_size_must_be_one_of_{"_".join(map(format_size, model.img_sizes))}')
+        self.require_rate = Requirement('keep_rate_must_be_above_0_and_at_most_1')
 
     @property
     def example_subnet(self) -> tuple[Tensor, Tensor]:
@@ -74,22 +95,24 @@ class ElasticNetwork(nn.Module):
         """
         model: Any = self.model
         matches = self.sizes == img_size
-        index = self.img_size(matches if self.is_square else matches.all(dim=1))
-        valid = self.keep_rate(((keep_rate > 0) & (keep_rate <= 1)).reshape(1))
+        index = self.require_size(matches if self.is_square else matches.all(dim=1))
+        valid = self.require_rate(((keep_rate > 0) & (keep_rate <= 1)).reshape(1))
         keep_rate = keep_rate.reshape(1).index_select(0, valid)
         row = self.table.index_select(0, index).flatten()
         x = (self._embed if torch.onnx.is_in_onnx_export() else self._embed_by_branches)(image, index, row)
-        kept = row[2:3].double()
-        for i, block in enumerate(model.blocks):
-            if i in model.drop_layers:  # see ``keep_schedule``
-                kept = torch.minimum(kept, torch.ceil(keep_rate * (kept + 1)))
-                num_keep = kept.long().item()
-                torch._check(num_keep >= 1)
-                torch._check(num_keep <= x.shape[1] - model.num_prefix_tokens)
-                x = block(x, num_keep=num_keep)
-            else:
-                x = block(x)
-        return model.forward_head(model.norm(x))
+        return model.forward_head(model.norm(model.run_blocks(x, self._schedule(x, row, keep_rate))))
+
+    def _schedule(self, x: Tensor, row: Tensor, keep_rate: Tensor) -> dict[int, Any]:
+        """Return how many patches each dropping block keeps, as ``keep_schedule`` counts them."""
+        num_patches: Any = x.shape[1] - self.model.num_prefix_tokens
+        kept, schedule = row[2:3].double(), dict[int, Any]()
+        for i in self.model.drop_layers:
+            kept = torch.minimum(kept, torch.ceil(keep_rate * (kept + 1)))
+            num_keep = kept.long().item()
+            torch._check(num_keep >= 1)
+            torch._check(num_keep <= num_patches)
+            schedule[i] = num_patches = num_keep
+        return schedule
 
     def _embed(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
         """Return the tokens [B, T, D] of images in the size of a row of the table."""

@@ -11,7 +11,7 @@ from timm.data.dataset_factory import _search_split
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-__all__ = ['class_names', 'read_class_names', 'trained_class_names']
+from ..programs.program import Program
 
 
 def class_names(model: Any) -> list[str] | None:
@@ -21,8 +21,10 @@ def class_names(model: Any) -> list[str] | None:
     classes is one of ImageNet's. Identifiers of WordNet, as ImageNet's folders have, become words.
 
     Args:
-        model: A model of timm.
+        model: A model of timm, or an exported file, which says so itself.
     """
+    if isinstance(model, Program):
+        return model.class_names
     config = getattr(model, 'pretrained_cfg', None) or {}
     names, subset = config.get('label_names'), infer_imagenet_subset(model)
     if isinstance(names, Mapping):  # of only some classes, perhaps
@@ -40,16 +42,17 @@ def class_names(model: Any) -> list[str] | None:
     return list(names)
 
 
+def shown_class_names(model: Any) -> list[str]:
+    """Return what to call each class of a model: by its name, or where that is not known by its number."""
+    return class_names(model) or [f'class {i}' for i in range(model.num_classes)]
+
+
 def trained_class_names(args: Mapping[str, Any], num_classes: int) -> list[str]:
     """Return the names of the classes that a run of timm's ``train.py`` learned, from its class map or its folders.
 
     Args:
         args: The arguments of the script.
         num_classes: How many classes there are.
-
-    Raises:
-        OSError: If its data are gone, or cannot be read.
-        ValueError: If they hold other classes by now, or are of a kind that names none.
     """
     folder, class_map = (str(args.get(key) or '') for key in ('data_dir', 'class_map'))
     kind = str(args.get('dataset') or '')
@@ -69,10 +72,6 @@ def read_class_names(path: str | os.PathLike, num_classes: int, split: str = 'tr
             take it, a text file of one name on each line.
         num_classes: How many classes there are.
         split: Name of the split.
-
-    Raises:
-        OSError: If there is no such folder or file.
-        ValueError: If it names other than ``num_classes`` classes.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f'{os.fspath(path)!r} does not exist')

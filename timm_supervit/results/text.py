@@ -1,11 +1,9 @@
 """Text from files (names of classes and files, results) shown as text, wherever it would mean something else.
 
-Terminals obey escape sequences, Markdown its marks and HTML, spreadsheets formulas. For pictures see ``save_picture``.
+Terminals obey escape sequences, Markdown its marks and HTML, spreadsheets formulas. For pictures see ``plain_text``.
 """
 import re
 import unicodedata
-
-__all__ = ['markdown', 'spreadsheet', 'visible']
 
 
 def visible(text: str, keep: str = '') -> str:

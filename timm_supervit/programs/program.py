@@ -4,18 +4,18 @@ A file says what it is and how to prepare images for it, so that it suffices alo
 the file must have the checksum that is written there.
 """
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..subnets import Size, Subnet, check_img_size, check_keep_rate, format_size, size_2d
-
-__all__ = ['FACTS', 'Program', 'is_program', 'load_program', 'manifest_path', 'open_session']
+from ..results.fingerprint import Source
+from ..subnets import Size, Subnet, check_img_size, format_size, size_2d
 
 FACTS = 'timm_supervit'  # under which name a file holds what it says about itself, as JSON
 
@@ -53,11 +53,12 @@ def load_program(path: str | os.PathLike, device: torch.device | str = 'cpu') ->
 
 
 class Program:
-    """An exported file as a function of images; what stands for a model in ``evaluate`` and its loader.
+    """An exported file as a ``SubnetRunner``.
 
     Attributes:
         facts: What the file says about itself: the manifest without what is known only once the file is written.
-        name: Name of the model that it was exported from.
+        source: Name of the model that it was exported from, and the file.
+        fixed_setting: Its ``precision``, float32 or int8, and its ``runtime``, onnx (onnxruntime) or pt2 (torch).
         subnets: The subnets of its grid, cheapest first; the one of a file for one subnet.
         subnet: The one that runs where none is named.
         is_elastic: Whether it runs all of ``subnets``, and any other keep rate.
@@ -70,6 +71,8 @@ class Program:
         device: Device that it runs on.
     """
 
+    runtime = ''
+
     def __init__(self, path: Path, content: str | None, device: torch.device) -> None:
         self.path = path
         self.device = device
@@ -77,10 +80,11 @@ class Program:
             self.facts: dict[str, Any] = json.loads(content or '')
             facts = self.facts
             rows = facts['subnets']
-            self._macs = {Subnet(check_img_size(row['img_size']), row['keep_rate']): row['macs'] for row in rows}
-            self.subnet = Subnet(check_img_size(facts['subnet']['img_size']), facts['subnet']['keep_rate'])
+            self._macs: dict[Subnet, int] = {Subnet(row['img_size'], row['keep_rate']): row['macs'] for row in rows}
+            self.subnet = Subnet(facts['subnet']['img_size'], facts['subnet']['keep_rate'])
             self.img_sizes = tuple(check_img_size(size) for size in facts['img_sizes'])
-            self.name: str = facts['model']
+            self.source = Source(facts['model'], str(path))
+            self.fixed_setting = {'precision': str(facts['precision']), 'runtime': self.runtime}
             self.is_elastic: bool = 'img_size' in facts['inputs']
             self.in_chans: int = facts['inputs']['image']['shape'][1]
             self.num_classes: int = facts['outputs']['logits']['shape'][1]
@@ -95,16 +99,28 @@ class Program:
                 f'give a file that "supervit export" wrote') from error
         self.subnets = list(self._macs)
 
-    def macs(self, subnet: tuple[Size, float]) -> int:
-        """Return the multiply-accumulates of one of ``subnets`` for one image.
+    def subnet_macs(self, subnets: Iterable[tuple[Size, float]] | None = None) -> dict[Subnet, int | None]:
+        """Return subnets (default: those of the grid) with their multiply-accumulates, None where it does not say."""
+        checked = self.subnets if subnets is None else map(self._check, subnets)
+        return {subnet: self._macs.get(subnet) for subnet in checked}
 
-        Raises:
-            ValueError: If the file does not say how many they are.
-        """
+    def macs(self, subnet: tuple[Size, float]) -> int:
+        """Return the multiply-accumulates of one of ``subnets`` for one image."""
         if subnet not in self._macs:
             raise ValueError(f'{self.path} does not say what {Subnet(*subnet)} costs, '
                              f'but what {", ".join(map(str, self.subnets))} do')
         return self._macs[Subnet(*subnet)]
+
+    def parting_block(self, subnet: Subnet, other: Subnet) -> None:
+        """Return None: each call starts anew."""
+
+    def _check(self, subnet: tuple[Size, float]) -> Subnet:
+        subnet = subnet if isinstance(subnet, Subnet) else Subnet(*subnet)
+        if subnet.img_size not in self.img_sizes or not (self.is_elastic or subnet == self.subnet):
+            sizes = ', '.join(map(format_size, self.img_sizes))
+            runs = f'the image sizes {sizes} at any keep rate' if self.is_elastic else str(self.subnet)
+            raise ValueError(f'{self.path} has no subnet {subnet}; it runs {runs}')
+        return subnet
 
     def __call__(self, images: Tensor, img_size: Size | None = None, keep_rate: float | None = None) -> Tensor:
         """Return the logits [B, num_classes] of images, as the model that was exported does.
@@ -125,14 +141,12 @@ class Program:
         if images.ndim != 4 or any(
                 isinstance(side, int) and side != given for side, given in zip(expected, images.shape, strict=True)):
             raise ValueError(f'images of shape {tuple(images.shape)} are no batch [{", ".join(map(str, expected))}]')
-        subnet = Subnet(
-            self.subnet.img_size if img_size is None else check_img_size(img_size),
-            self.subnet.keep_rate if keep_rate is None else check_keep_rate(keep_rate))
-        if subnet.img_size not in self.img_sizes or not (self.is_elastic or subnet == self.subnet):
-            sizes = ', '.join(map(format_size, self.img_sizes))
-            raise ValueError(f'{self.path} has no subnet {subnet}; it runs '
-                             + (f'the image sizes {sizes} at any keep rate' if self.is_elastic else f'{self.subnet}'))
-        return self._run(*self._inputs(images.float(), subnet))
+        subnet = self.subnet
+        if img_size is not None or keep_rate is not None:
+            subnet = self._check((
+                subnet.img_size if img_size is None else img_size,
+                subnet.keep_rate if keep_rate is None else keep_rate))
+        return self._run(*self._inputs(images.float(), subnet)).to(images.device)
 
     def named_inputs(self, images: Tensor, subnet: Subnet) -> dict[str, Any]:
         """Return the inputs of a call by their names, as arrays, for runtimes that take them so."""
@@ -156,6 +170,8 @@ class Program:
 
 class _OnnxProgram(Program):
 
+    runtime = 'onnx'
+
     def __init__(self, path: Path, device: torch.device) -> None:
         self.session = open_session(path, device)
         super().__init__(path, self.session.get_modelmeta().custom_metadata_map.get(FACTS), device)
@@ -167,6 +183,8 @@ class _OnnxProgram(Program):
 
 class _Pt2Program(Program):
 
+    runtime = 'pt2'
+
     def __init__(self, path: Path, device: torch.device) -> None:
         facts = {f'{FACTS}.json': ''}
         try:
@@ -175,7 +193,8 @@ class _Pt2Program(Program):
             raise RuntimeError(
                 f'{path} cannot be run by torch {torch.__version__} ({" ".join(str(error).split())[:300]}); '
                 f'if it is of a newer torch, update this one, else export it again') from error
-        super().__init__(path, facts[f'{FACTS}.json'], device)
+        weights = itertools.chain(self.module.parameters(), self.module.buffers())
+        super().__init__(path, facts[f'{FACTS}.json'], next(weights).device)
 
     @torch.no_grad()
     def _run(self, *inputs: Tensor) -> Tensor:
@@ -183,11 +202,7 @@ class _Pt2Program(Program):
 
 
 def open_session(path: str | os.PathLike, device: torch.device | str = 'cpu') -> Any:
-    """Return onnxruntime's session of an ONNX file, with as many threads as torch has.
-
-    Raises:
-        RuntimeError: If this onnxruntime cannot run on the device, or cannot run the file.
-    """
+    """Return onnxruntime's session of an ONNX file, with as many threads as torch has."""
     import onnxruntime
 
     provider = f'{torch.device(device).type.upper()}ExecutionProvider'

@@ -1,6 +1,5 @@
 """Pictures of operating points: one quantity against another, by image size (lines) and keep rate (markers)."""
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +9,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from ..subnets import Subnet, format_size, sort_sizes
-from .choose import pareto_front
-from .files import replace_file
-from .results import Results, Row, column_of, heading_of, is_int8, subnet_of
+from .rows import Results, Row, column_of, heading_of, is_int8, subnet_of
 from .text import visible
-
-__all__ = ['draw_choice', 'draw_operating_points', 'save_picture']
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow and black.
 _COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
@@ -26,25 +21,15 @@ _PEER_COLOR = '#333333'
 _PEER_MARKERS = ('*', 'p', 'h', 'd', '<', '>')
 
 
-def draw_operating_points(
-        rows: Sequence[Row],
-        path: str | os.PathLike,
-        x: str = 'macs',
-        y: str = 'top1',
-        title: str = '',
-) -> None:
-    """Draw two keys of the rows against each other and write the picture, 1600 x 1000 pixels, as PNG.
+def draw_operating_points(rows: Sequence[Row], x: str = 'macs', y: str = 'top1', title: str = '') -> Figure:
+    """Draw two keys of the rows against each other; as PNG the picture has 1600 x 1000 pixels.
 
     Args:
         rows: Rows of ``Results``, one for each subnet; those of cascades are joined by a dark line, and rows of other
             networks are drawn as single dark markers. Rows that lack one of the keys are left out.
-        path: The file to write.
         x: Key for the horizontal axis; ``epoch`` gives every subnet a line of its own, a cost every image size.
         y: Key for the vertical axis.
         title: Heading of the picture.
-
-    Raises:
-        OSError: If the file cannot be written; one of that name is then as it was.
     """
     rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
     across, up = column_of(rows, x), column_of(rows, y)
@@ -87,26 +72,28 @@ def draw_operating_points(
         'Cascades': [Line2D([], [], label='several subnets', **_CASCADES)] if cascades else [],
         'Other networks': [_marker(marker, name, _PEER_COLOR) for name, marker in peer_markers.items()],
     }
-    _save_with_legend(figure, entries, path)
+    return _finish(figure, entries)
 
 
-def draw_choice(networks: Sequence[Results], path: str | os.PathLike, x: str, y: str = 'top1') -> None:
-    """Draw the points of one or more networks, with the Pareto front of each as a line, and write the picture as PNG.
+def draw_choice(
+        networks: Sequence[Results],
+        fronts: Sequence[Sequence[Row]],
+        x: str,
+        y: str = 'top1',
+) -> Figure:
+    """Draw the points of one or more networks, with the Pareto front of each as a line.
 
     Args:
-        networks: Results of ``merge_results``, one for each network. Rows that lack one of the keys are left out.
-        path: The file to write.
+        networks: Results, one for each network. Rows that lack one of the keys are left out.
+        fronts: The rows of the front of each network.
         x: Key of a cost, for the horizontal axis.
         y: Key for the vertical axis.
-
-    Raises:
-        OSError: If the file cannot be written; one of that name is then as it was.
     """
     rows = [row for results in networks for row in results.rows]
     across, up = column_of(rows, x), column_of(rows, y)
     figure, axes = _create_axes(heading_of(rows, x), heading_of(rows, y), '')
     used: dict[str, str] = {}
-    for color, results in zip(itertools.cycle(_COLORS), networks, strict=False):
+    for color, results, front in zip(itertools.cycle(_COLORS), networks, fronts, strict=False):
         for row in results.rows:
             if row.get(x) is None or row.get(y) is None:
                 continue
@@ -115,15 +102,14 @@ def draw_choice(networks: Sequence[Results], path: str | os.PathLike, x: str, y:
             axes.plot(
                 row[x] / across.scale, row[y] / up.scale, _KINDS[kind], color=color, markersize=8,
                 markeredgecolor='white', markeredgewidth=0.8, zorder=3)
-        front = pareto_front(results.rows, x)
         axes.plot(
             [row[x] / across.scale for row in front], [row[y] / up.scale for row in front], color=color, linewidth=1.8)
-    _save_with_legend(figure, {
+    return _finish(figure, {
         'Pareto front': [
             Line2D([], [], color=color, linewidth=3, label=results.model[-30:])
             for color, results in zip(itertools.cycle(_COLORS), networks, strict=False)],
         'Points': [_marker(marker, kind, '#777777') for kind, marker in used.items()],
-    }, path)
+    })
 
 
 def _create_axes(across: str, up: str, title: str) -> tuple[Figure, Any]:
@@ -140,27 +126,22 @@ def _create_axes(across: str, up: str, title: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _save_with_legend(figure: Figure, entries: Mapping[str, Sequence[Line2D]], path: str | os.PathLike) -> None:
+def _finish(figure: Figure, entries: Mapping[str, Sequence[Line2D]]) -> Figure:
     # One column beside the axes, so that no legend covers a point.
     handles: list[Line2D] = []
     for heading, keys in entries.items():
         if keys:
             handles += [Line2D([], [], linestyle='', label=heading), *keys, Line2D([], [], linestyle='', label='')]
     figure.legend(handles=handles[:-1], loc='outside right center', frameon=False, fontsize=11)
-    save_picture(figure, path)
+    return plain_text(figure)
 
 
-def save_picture(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure as PNG. Its text is shown as it is, dollar signs included, which else enclose mathematics.
-
-    Raises:
-        OSError: If the file cannot be written; one of that name is then as it was.
-    """
+def plain_text(figure: Figure) -> Figure:
+    """Let the text of a figure be shown as it is, dollar signs included, which else enclose mathematics."""
     for text in figure.findobj(Text):
         text.set_text(visible(text.get_text()))
         text.set_parse_math(False)
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=200, format='png')
+    return figure
 
 
 def _marker(marker: str, label: str, color: str) -> Line2D:

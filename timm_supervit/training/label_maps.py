@@ -14,8 +14,6 @@ from torchvision.ops import roi_align
 
 from .label_transforms import FollowedTransform, MovedImage
 
-__all__ = ['LabelMapDataset']
-
 
 class LabelMapDataset(Dataset):
     """Adds token labels to a data set of images, for timm's ``create_loader(..., is_training=True)``.

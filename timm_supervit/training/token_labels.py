@@ -8,11 +8,9 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models.lvvit import SuperLVViT
-from .models.mix_token import box_share, draw_box
+from ..models.lvvit import SuperLVViT
+from ..models.mix_token import box_share, draw_box
 from .task import SuperViTTask
-
-__all__ = ['TokenLabelTask']
 
 
 class TokenLabelTask(SuperViTTask):
@@ -58,7 +56,7 @@ class TokenLabelTask(SuperViTTask):
         box = draw_box(model.grid_size(model.img_sizes[-1]), self.draws)
         grid_size = model.grid_size(subnets[0].img_size)
         share = box_share(model.scale_box(box, grid_size), grid_size)
-        outputs = self._run(input, subnets, mix_box=box)
+        outputs = self.run_subnets(input, subnets, mix_box=box)
         (first, token_logits), *others = outputs  # [B, classes], [B, N, classes]; the others [B, classes]
         if target.ndim == 3:
             # It has this name in timm's criteria, the other in torch's.
@@ -66,7 +64,7 @@ class TokenLabelTask(SuperViTTask):
             criterion: Any = functools.partial(F.cross_entropy, label_smoothing=smoothing)
             image_target, token_target = target[:, :, 1], target[:, :, 2:].transpose(1, 2).flatten(0, 1)
         else:
-            criterion = self._judge
+            criterion = self.criterion_loss
             image_target, token_target = target, target.repeat_interleave(num_patches, dim=0)
 
         def label_loss(logits: Tensor) -> Tensor:
@@ -76,7 +74,7 @@ class TokenLabelTask(SuperViTTask):
                 loss = model.cls_weight * loss + model.dense_weight * token_loss
             return loss
 
-        return self._add_up(subnets, [first, *others], label_loss)
+        return self.add_up(subnets, [first, *others], label_loss)
 
     def _check_target(self, input: Tensor, target: Tensor, num_patches: int, keep_rate: float) -> None:
         shapes = [(len(input),), (len(input), self.model.num_classes)]

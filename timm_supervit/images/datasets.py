@@ -2,23 +2,16 @@
 import contextlib
 import os
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.data.dataset import ImageDataset
-from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-__all__ = [
-    'ReadableImages',
-    'count_common',
-    'count_missing',
-    'create_evaluation_loader',
-    'open_dataset',
-    'preprocessing',
-]
+from ..runner import SubnetRunner
+
+DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 
 _SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'}
 
@@ -67,31 +60,53 @@ class ReadableImages(Dataset):
 
     def name(self, index: int) -> str:
         """Return the name of an image: its file where it has one."""
-        dataset, place = self._locate(index)
-        name = dataset.filename(place, absolute=True) if isinstance(dataset, ImageDataset) else None
+        dataset, own_index = self._locate(index)
+        name = dataset.filename(own_index, absolute=True) if isinstance(dataset, ImageDataset) else None
         return name or f'image {index}'
 
     def _locate(self, index: int) -> tuple[Any, int]:
-        """Return the data set that reads an image itself, and its place there."""
+        """Return the data set that reads an image itself, and its index there."""
         dataset: Any = self.dataset
         while isinstance(dataset, Subset):
             dataset, index = dataset.dataset, dataset.indices[index]
         return dataset, index
 
 
-def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validation') -> Any:
+class Images(NamedTuple):
+    """A data set, and what it was asked for by.
+
+    Attributes:
+        dataset: The data set, of timm's ``create_dataset`` or one's own pairs (image of Pillow's, class).
+        data_dir: Its folder.
+        name: Its kind and name, as in timm's scripts.
+        split: Its split.
+    """
+
+    dataset: Any
+    data_dir: str | None = None
+    name: str = ''
+    split: str = ''
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Which images they are, for results."""
+        return {'data_dir': self.data_dir, 'dataset': self.name, 'split': self.split}
+
+
+def open_images(images: Any) -> Images:
+    """Return images: those of ``open_dataset``, a folder of them (its split ``validation``), or a data set."""
+    if isinstance(images, Images):
+        return images
+    return open_dataset(os.fspath(images)) if isinstance(images, str | os.PathLike) else Images(images)
+
+
+def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validation') -> Images:
     """Return a data set as timm's scripts open it, but with the split that is asked for.
 
     Args:
         data_dir: Folder with a folder of images for each class, or with such folders for each split.
         dataset: Kind and name, as in timm's scripts: ``torch/cifar10``, ``hfds/...``; empty for image folders.
         split: Name of the split.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ModuleNotFoundError: If the package that reads this kind is missing.
-        RuntimeError: If it holds no image.
-        ValueError: If there is no such kind of data set or no such split, or it needs a folder.
     """
     if not dataset and not data_dir:
         raise ValueError('no images: give a folder of them with --data-dir, or a data set with --dataset')
@@ -109,7 +124,7 @@ def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validati
         if inside and inside <= _SPLITS:
             raise ValueError(
                 f'{data_dir!r} has no split {split!r}, but {", ".join(sorted(inside))}; choose one with --split')
-    return opened
+    return Images(opened, data_dir, dataset, split)
 
 
 def count_common(one: Any, other: Any) -> int:
@@ -120,20 +135,6 @@ def count_common(one: Any, other: Any) -> int:
         return {os.path.realpath(name) for name in names if os.path.exists(name)}
 
     return len(files(one) & files(other))
-
-
-def count_missing(dataset: Any, delivered: int, rank: int = 0, size: int = 1) -> int:
-    """Return how many images a stream holds but has not delivered, since timm's readers pass over unreadable ones.
-
-    Args:
-        dataset: A data set; one that is no stream, or does not say how many images it holds, misses none.
-        delivered: How many images were read.
-        rank: Number of the process, from 0.
-        size: How many processes there are, each of which takes its turn.
-    """
-    if not isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__'):
-        return 0
-    return max(0, len(range(rank, len(dataset), size)) - delivered)
 
 
 def preprocessing(model: Any) -> dict[str, Any]:
@@ -151,24 +152,19 @@ def preprocessing(model: Any) -> dict[str, Any]:
 
 def create_evaluation_loader(
         dataset: Any,
-        model: nn.Module,
+        model: SubnetRunner,
         batch_size: int = 256,
-        num_workers: int = min(4, os.cpu_count() or 1),
-        device: Any = 'cpu',
+        num_workers: int = DEFAULT_WORKERS,
         distributed: bool = False,
 ) -> Any:
     """Return a loader that delivers what timm's ``validate.py`` evaluates a model on.
 
     Args:
-        dataset: A data set, from ``open_dataset`` or one's own pairs (image of Pillow's, class).
-        model: The model; its ``pretrained_cfg`` says how images are prepared.
+        dataset: A data set, of timm's ``create_dataset`` or one's own pairs (image of Pillow's, class).
+        model: The model, which says how images are prepared and where the batches go.
         batch_size: Images of a batch.
         num_workers: Processes that read images.
-        device: Where the batches go.
         distributed: Deliver this rank's share only.
-
-    Raises:
-        ValueError: If the data set has another number of classes than the model, or can't be shared out exactly.
     """
     _check_classes(dataset, model)
     config = preprocessing(model)
@@ -189,7 +185,7 @@ def create_evaluation_loader(
         crop_mode=config['crop_mode'],
         num_workers=num_workers,
         distributed=distributed,
-        device=torch.device(device),
+        device=model.device,
         persistent_workers=False,
     )
 

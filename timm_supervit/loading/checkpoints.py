@@ -1,4 +1,4 @@
-"""Reading checkpoints: the one way by which all commands get weights from a file.
+"""Reading checkpoints: the one way by which all commands get weights from a file, each once.
 
 A file is the official SuperViT code's, that of timm's ``train.py``, a bare state dict, or safetensors. It is read with
 ``weights_only``, so it cannot run code, and whatever is wrong with it is an error that names it.
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from timm.models import clean_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ['Checkpoint', 'CheckpointError', 'load_checkpoint', 'read_checkpoint']
+from ..results.fingerprint import Source
 
 # Where timm and the official code keep weights in a file.
 _RAW, _AVERAGED = ['state_dict', 'model'], ['state_dict_ema', 'model_ema']
@@ -31,23 +31,24 @@ class Checkpoint(NamedTuple):
     """Weights that were read from a file.
 
     Attributes:
+        path: The file.
         state_dict: The weights.
         entry: The entry of the file that they are: ``model``, ``model_ema``, ...; empty for a bare state dict.
-        others: The file's other entries of weights.
+        other_entries: The file's other entries of weights.
         args: The arguments of the script that trained it; empty where the file holds none.
         epoch: The epoch after which it was written, counted from 0; None where the file does not say.
     """
 
+    path: str
     state_dict: dict[str, Tensor]
     entry: str
-    others: tuple[str, ...]
+    other_entries: tuple[str, ...]
     args: dict[str, Any]
     epoch: int | None
 
-    @property
-    def kind(self) -> str:
-        """Which weights they are, ``raw`` or ``averaged``."""
-        return 'averaged' if self.entry in _AVERAGED else 'raw'
+    def source(self, name: str, unnamed: str = '') -> Source:
+        """Return where a model with these weights is from; ``name`` and ``unnamed`` are as in ``Source``."""
+        return Source(name, self.path, self.entry, self.other_entries, unnamed)
 
 
 def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> Checkpoint:
@@ -79,26 +80,8 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> Checkpoin
             f'to tensors, and holds {odd[0]}. {_REMEDY}')
     args, epoch = (content.get('args'), content.get('epoch')) if entry else (None, None)
     return Checkpoint(
-        clean_state_dict(weights), entry, tuple(key for key in entries if key != entry),
+        str(path), clean_state_dict(weights), entry, tuple(key for key in entries if key != entry),
         vars(args) if isinstance(args, argparse.Namespace) else {}, epoch if isinstance(epoch, int) else None)
-
-
-def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False) -> Checkpoint:
-    """Read a checkpoint and load its weights into a model; see ``read_checkpoint``.
-
-    Returns:
-        What was read.
-
-    Raises:
-        CheckpointError: If the weights cannot be read or do not fit the model.
-        FileNotFoundError: If there is no such file.
-    """
-    checkpoint = read_checkpoint(path, use_ema)
-    try:
-        model.load_state_dict(checkpoint.state_dict)
-    except Exception as error:  # what weights of any shape and dtype raise can be of any kind
-        raise CheckpointError(f'{os.fspath(path)}: {error}') from error
-    return checkpoint
 
 
 def _read(path: Path) -> Any:

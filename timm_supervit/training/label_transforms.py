@@ -17,8 +17,6 @@ from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip, ToTensor
 from torchvision.transforms import functional as F
 
-__all__ = ['FollowedTransform', 'MovedImage']
-
 _GEOMETRY = ('Rotate', 'Shear', 'Translate')
 _UNCOVERED = -1
 
@@ -76,9 +74,6 @@ class FollowedTransform:
 
         Args:
             transform: What timm's ``create_transform(..., is_training=True)`` returns.
-
-        Raises:
-            ValueError: If it does not begin with timm's random resized crop, or blends images (AugMix).
         """
         steps = getattr(transform, 'transforms', None)
         if not steps or not isinstance(steps[0], RandomResizedCropAndInterpolation):

@@ -1,0 +1,127 @@
+"""What the options of a command ask for: the model, with its weights, and where and in what precision it runs."""
+import argparse
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import check_pairs
+from .stdout import echo, note
+
+
+def parse_settings(num_classes: int | None, model_kwargs: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of ``--num-classes`` and ``--model-kwargs``, each of which is ``KEY=VALUE``."""
+    from timm.utils import ParseKwargs
+
+    from ..loading.load import check_settings
+
+    if num_classes is not None:
+        model_kwargs = check_pairs((*model_kwargs, f'num_classes={num_classes}'))
+    namespace = argparse.Namespace()
+    try:
+        ParseKwargs([], 'model_kwargs')(argparse.ArgumentParser(), namespace, model_kwargs)
+    except Exception as error:  # a value that is nested too deeply, for instance
+        raise ValueError(
+            f'no model can be created with {" ".join(model_kwargs)}: {type(error).__name__}: {error}') from error
+    try:
+        check_settings(namespace.model_kwargs)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint='--model-kwargs') from error
+    return namespace.model_kwargs
+
+
+def load(
+        model: str | None,
+        checkpoint: str | None = None,
+        use_ema: bool = False,
+        num_classes: int | None = None,
+        model_kwargs: tuple[str, ...] = (),
+        takes_files: bool = True,
+        **kwargs: Any,
+) -> Any:
+    """Load the model that ``model_options`` describe, and say on stderr which weights it has.
+
+    Args:
+        model: Name, or the path of a checkpoint or an exported file.
+        checkpoint: Weights to load.
+        use_ema: Take the averaged weights of the checkpoint.
+        num_classes: Number of classes (default: the model's own).
+        model_kwargs: Settings of the model, each ``KEY=VALUE``.
+        takes_files: Whether it may be an exported file.
+        **kwargs: Further arguments of ``load_supervit``.
+    """
+    from ..loading.load import load_model, load_supervit
+    from ..programs.program import Program, is_program
+    from ..results.fingerprint import source_of
+
+    read = load_model if takes_files else load_supervit
+    settings = parse_settings(num_classes, model_kwargs)
+    if takes_files and model and is_program(model) and (checkpoint or use_ema or settings):
+        raise click.UsageError(f'{model} is complete; leave out --checkpoint, --use-ema, --num-classes and settings.')
+    loaded = read(model, checkpoint, use_ema=use_ema, settings=settings, **kwargs)
+    source = source_of(loaded)
+    if isinstance(loaded, Program):
+        return loaded
+    if source.path:
+        show_weights(source.path, source.entry, source.other_entries)
+    elif kwargs.get('pretrained', True) and ':' not in source.name:
+        note(f'Weights: plain ones that {source.name} starts from, not super-trained: '
+             f'accuracy with few tokens or small images means nothing')
+    if source.unnamed:
+        note(f'Classes: without names, since {source.unnamed}; --class-names says where they are')
+    return loaded
+
+
+def show_weights(path: str, entry: str, other_entries: Sequence[str]) -> None:
+    """Say on stderr which entry of a file was read, since it may hold raw and averaged weights."""
+    is_averaged = entry.endswith('_ema')
+    others = [other for other in other_entries if other.endswith('_ema') != is_averaged]
+    remedy = 'leaving out --use-ema' if is_averaged else '--use-ema'
+    also = f' (it also has {others[0]}; {remedy} reads that)' if others else ''
+    note(f'Weights: {f"{entry} of " if entry else ""}{Path(path).name}{also}')
+
+
+def precision_of(amp: bool, amp_dtype: str) -> str:
+    """Return the precision that ``amp_options`` ask for."""
+    return amp_dtype if amp else 'float32'
+
+
+@contextlib.contextmanager
+def processes(device: str | None) -> Iterator[tuple[str, bool]]:
+    """Join the processes that torchrun has started, if any; yield this one's device, and whether it is the first."""
+    import torch.distributed as dist
+    from timm.utils import init_distributed_device, is_primary
+
+    setup = argparse.Namespace(device=resolve_device(device))
+    init_distributed_device(setup)
+    try:
+        yield setup.device, is_primary(setup)
+    finally:
+        if setup.distributed:
+            dist.destroy_process_group()
+
+
+def resolve_device(device: str | None) -> str:
+    """Return the device to run on: the given one, or a CUDA device if there is one, or the CPU."""
+    import torch
+
+    try:
+        parsed = torch.device(device or 'cpu')
+    except RuntimeError as error:
+        raise ValueError(f'--device {device}: torch knows no such device; use cpu, cuda, cuda:0, ...') from error
+    if not torch.cuda.is_available() and parsed.type == 'cuda':
+        raise ValueError(f'--device {device}: torch finds no CUDA device; leave it out or use cpu')
+    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show the warnings of a block as a line each, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        yield
+    for warning in caught:
+        echo(f'Warning: {warning.message}', err=True)

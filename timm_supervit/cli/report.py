@@ -1,0 +1,56 @@
+"""Saving and showing results, the end of every command that has some."""
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..results.rows import Results, save_results
+from .base import INTERRUPTED
+from .stdout import echo, print_json
+from .tables import UncutTable, print_table
+
+
+def report(
+        results: Results,
+        output: str | None,
+        name: str,
+        files: Callable[[], Mapping[str, Any]] = dict,
+        tables: Iterable[Sequence[UncutTable]] = (),
+        lines: Iterable[str] = (),
+        notes: Iterable[str] = (),
+        done: str = '',
+        warnings: Iterable[str] = (),
+        **more: Any,
+) -> None:
+    """Save results, all or nothing, and show them as tables and lines, or as JSON; exit with 130 if they are partial.
+
+    Args:
+        results: The results.
+        output: Folder to save them in; None saves nothing.
+        name: Name of their files.
+        files: Returns what else is saved, see ``save_results``.
+        tables: Tables to print, those of a group side by side.
+        lines: Lines of text behind them.
+        notes: Such lines for stderr.
+        done: What was complete when results that are partial were interrupted; empty if they only rest on such.
+        warnings: Lines of text before all tables.
+        **more: What JSON has beside the results.
+    """
+    saved = ''
+    if output:
+        saved = f'; saved as {Path(output) / save_results(results, output, name, files())}'
+    if results.partial and done:
+        echo(f'PARTIAL: interrupted after {done}{saved}.')
+    for line in warnings:
+        echo(line)
+    print_json(asdict(results) | more)
+    for group in tables:
+        print_table(*group)
+    for line in lines:
+        echo(line)
+    for line in notes:
+        echo(line, err=True)
+    if results.partial and done:
+        click.get_current_context().exit(INTERRUPTED)

@@ -1,0 +1,1 @@
+"""Models by name and from files: checkpoints, exported files, and the names of their classes."""

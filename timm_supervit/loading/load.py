@@ -1,0 +1,276 @@
+"""Models to evaluate, export, ...: by name, from a checkpoint, which knows model, settings and classes, or exported.
+
+timm's ``train.py`` keeps its arguments in its checkpoints. What is given beside such a file may repeat them, and choose
+what is no property of the trained network, such as the active subnet; anything else is refused.
+"""
+import difflib
+import inspect
+import os
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import split_model_name_tag
+
+from ..models.backbone import supervit
+from ..models.lvvit import SuperLVViT
+from ..models.supervit import SuperVisionTransformer
+from ..programs.program import Program, is_program, load_program
+from ..results.fingerprint import Source, fingerprint
+from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
+from .class_names import read_class_names, trained_class_names
+
+# Settings that may differ from those that a checkpoint was trained with: they change no trained weight's meaning.
+CHANGEABLE = (
+    'img_size', 'keep_rate', 'keep_rates', 'train_subnets', 'distill_teacher', 'share_prefix', 'cls_weight',
+    'dense_weight', 'drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'weight_init',
+    'fix_init')
+
+_DATA_SETTINGS = ('mean', 'std', 'interpolation', 'crop_pct')  # of train.py, for the images of its validation
+_WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number'}
+
+
+def load_model(
+        model: str | None,
+        checkpoint: str | os.PathLike | None = None,
+        *,
+        device: torch.device | str = 'cpu',
+        class_names: str | os.PathLike | None = None,
+        **kwargs: Any,
+) -> SuperVisionTransformer | Program:
+    """Load a model by its name, from its checkpoint, or an exported file; ``source_of`` says where it is from.
+
+    Args:
+        model: As for ``load_supervit``, or the path of a file of ``supervit export``, which is complete.
+        checkpoint: As for ``load_supervit``.
+        device: As for ``load_supervit``. A ``pt2`` program runs where it was exported.
+        class_names: As for ``load_supervit``.
+        **kwargs: Further arguments of ``load_supervit``.
+
+    Raises:
+        RuntimeError: If an exported file cannot be run here.
+        ValueError: If it is damaged; else as ``load_supervit``.
+    """
+    if not (model and is_program(model)):
+        return load_supervit(model, checkpoint, device=device, class_names=class_names, **kwargs)
+    if checkpoint or kwargs.get('use_ema') or kwargs.get('settings'):
+        raise ValueError(f'{model} is complete; leave out --checkpoint, --use-ema, --num-classes and settings')
+    program = load_program(model, device)
+    if class_names is not None:
+        program.class_names = read_class_names(class_names, program.num_classes)
+    return program
+
+
+def load_supervit(
+        model: str | None,
+        checkpoint: str | os.PathLike | None = None,
+        *,
+        use_ema: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        class_names: str | os.PathLike | None = None,
+        pretrained: bool = True,
+        name_classes: bool = True,
+        device: torch.device | str = 'cpu',
+) -> SuperVisionTransformer:
+    """Create a SuperViT as its name or its checkpoint says, and load its weights.
+
+    Args:
+        model: Name, as for ``timm.create_model``, or the path of a checkpoint that says its model; None leaves it to
+            ``checkpoint``.
+        checkpoint: Weights to load.
+        use_ema: Take the averaged weights of the checkpoint where it has them.
+        settings: Settings of the model, for ``timm.create_model``.
+        class_names: Where the names of the classes are, see ``read_class_names`` (default: the class map or folders
+            that the checkpoint was trained with, where they still are).
+        pretrained: Without a checkpoint, load the model's pretrained weights.
+        name_classes: Look for the names of a checkpoint's classes, which reads the list of its training images.
+        device: Where it is to run.
+
+    Returns:
+        The model in evaluation mode. Its ``pretrained_cfg`` has ``label_names`` where its file tells them.
+
+    Raises:
+        CheckpointError: If the weights cannot be read or do not fit.
+        ModuleNotFoundError: If the model needs a package that is missing.
+        OSError: If there is no such file.
+        ValueError: If there is no such model, it is no SuperViT, it cannot be created with these settings, or they
+            contradict the checkpoint.
+    """
+    if model and is_program(model):
+        raise ValueError(f'{model} is an exported file, and this takes a model that can be looked into; give that')
+    if model and not timm.is_model(model) and Path(model).is_file():
+        if checkpoint:
+            raise ValueError(f'{model} and --checkpoint {checkpoint} are both checkpoints; leave one out')
+        model, checkpoint = None, model
+    if checkpoint:
+        return model_of(read_checkpoint(checkpoint, use_ema), model, settings, class_names, name_classes).to(device)
+    model, settings = model or '', dict(settings or {})
+    if pretrained and timm.is_model(model) and not timm.models.is_model_pretrained(model):
+        raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
+    created = _create(model, settings, pretrained)
+    own = created.pretrained_cfg['num_classes']
+    if pretrained and created.num_classes != own:  # timm would leave the head as it was drawn
+        raise ValueError(
+            f'num_classes={created.num_classes} contradicts the weights of {model}, which have {own} classes; '
+            f'leave it out, or give weights of {created.num_classes} classes with --checkpoint')
+    _name_classes(created, class_names)
+    created.source = Source(model)
+    return created.to(device)
+
+
+def model_of(
+        checkpoint: Checkpoint,
+        model: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        class_names: str | os.PathLike | None = None,
+        name_classes: bool = True,
+) -> SuperVisionTransformer:
+    """Create the model that a checkpoint is of, with its weights; the arguments are as in ``load_supervit``."""
+    settings = dict(settings or {})
+    trained_model, trained = _read_settings(checkpoint.args)
+    try:
+        check_settings(trained)
+    except ValueError as error:
+        raise ValueError(f'{checkpoint.path} holds settings of no SuperViT: {error}') from error
+    if not model and not trained_model:
+        raise ValueError(f'{checkpoint.path} does not say which model it is of; name the model and its settings')
+    # Of a folder or a repository only the weights can tell whether it is the same.
+    names = {split_model_name_tag(name)[0] for name in (model, trained_model) if name and ':' not in name}
+    if len(names) > 1:
+        raise ValueError(f'{model} contradicts {Path(checkpoint.path).name}, which is of {trained_model}; '
+                         f'give the file alone, as MODEL')
+    changed = {key: value for key, value in settings.items() if not trained_model or key in CHANGEABLE}
+    name = model or trained_model
+    created = _create(name, {**trained, **changed}, source='' if model else f', which {checkpoint.path} is of,')
+    _refuse_contradictions(created, checkpoint, trained, {k: v for k, v in settings.items() if k not in changed})
+    load_weights(created, checkpoint)
+    if trained_model:
+        data_settings = {key: checkpoint.args[key] for key in _DATA_SETTINGS if checkpoint.args.get(key)}
+        config = resolve_data_config(data_settings, model=created)
+        created.pretrained_cfg.update({key: config[key] for key in data_settings})
+    args = checkpoint.args if trained_model else None
+    unnamed = _name_classes(created, class_names, args) if name_classes else ''
+    created.source = checkpoint.source(name, unnamed)
+    return created
+
+
+def load_weights(model: SuperVisionTransformer, checkpoint: Checkpoint) -> None:
+    """Load the weights of a checkpoint into a model, all of them or, with a ``CheckpointError``, none."""
+    try:
+        model.load_state_dict(checkpoint.state_dict)
+    except Exception as error:  # what weights of any shape and dtype raise can be of any kind
+        raise CheckpointError(f'{checkpoint.path}: {error}') from error
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that no SuperViT has, and text where a number or True or False belongs ("false" would be true).
+    """
+    parameters: dict[str, inspect.Parameter] = {}
+    for cls in reversed(SuperLVViT.__mro__[:-1]):  # it, the other SuperViTs and timm's ViT; not ``object``
+        parameters |= inspect.signature(cls).parameters
+    parameters |= inspect.signature(supervit).parameters  # of all factories the only one with a setting of its own
+    names = parameters.keys() - {'args', 'kwargs', 'pretrained'}
+    for name, value in settings.items():
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1)
+            remedy = f'did you mean {near[0]}?' if near else f'it has {", ".join(sorted(names))}'
+            raise ValueError(f'SuperViT has no setting {name!r}; {remedy}')
+        kind = _WORDS.get(type(parameters[name].default))
+        if kind and isinstance(value, str):
+            raise ValueError(f'{name}={value} should be {kind}')
+
+
+def check_no_model_folder(path: str) -> None:
+    """Refuse the folder of a model, which has a name of its own for timm."""
+    if Path(path, 'config.json').is_file():
+        raise ValueError(f'{path} is the folder of a model; give local-dir:{path}')
+
+
+def _read_settings(args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the model and the settings that ``train.py`` created it with; an empty name for another script's."""
+    model, settings = args.get('model'), args.get('model_kwargs')
+    if not isinstance(model, str) or not isinstance(settings, dict):
+        return '', {}
+    in_chans = args.get('in_chans') or next(iter(args.get('input_size') or ()), None)
+    others = dict(num_classes=args.get('num_classes'), in_chans=in_chans, global_pool=args.get('gp'))
+    return model, {**settings, **{key: value for key, value in others.items() if value is not None}}
+
+
+def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, source: str = '') -> Any:
+    remedy = 'timm.list_models("supervit*") lists those that are'
+    if ':' not in model and not timm.is_model(model):
+        check_no_model_folder(model)
+        near = difflib.get_close_matches(model, timm.list_models('*supervit*'), 1)
+        raise ValueError(
+            f'Unknown model{source}: there is no file {model} and no model of that name; '
+            f'{f"did you mean {near[0]}?" if near else remedy}')
+    shown = ' '.join(f'{key}={value}' for key, value in settings.items())
+    try:
+        created = timm.create_model(model, pretrained=pretrained, **settings)
+    except ImportError:
+        raise
+    except Exception as error:  # what settings and files of any content raise can be of any kind
+        raise ValueError(
+            f'{model}{source} cannot be created{f" with {shown}" if shown else ""}: {_reason(error)}') from error
+    if not isinstance(created, SuperVisionTransformer):
+        raise ValueError(f'{model}{source} is no SuperViT; {remedy}')
+    return created.eval()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, AssertionError) and not str(error):  # the condition says what would have been right
+        return str(traceback.extract_tb(error.__traceback__)[-1].line)
+    text = ' '.join(str(error).split())[:300]
+    clear = isinstance(error, (AssertionError, OSError, RuntimeError)) or type(error) is ValueError
+    return text if clear and text else f'{type(error).__name__}: {text}'
+
+
+def _refuse_contradictions(
+        created: SuperVisionTransformer,
+        checkpoint: Checkpoint,
+        recorded: Mapping[str, Any],
+        settings: Mapping[str, Any],
+) -> None:
+    """Raise a ValueError if a setting is another one than that of the network that a checkpoint is of."""
+    properties = fingerprint(created, weights=False) if settings else {}
+    for key, value in settings.items():
+        trained = recorded.get(key, properties.get(key, getattr(created, key, None)))
+        if trained is None or _plain(trained) != _plain(value):
+            has = f'the model\'s properties {key}' if trained is None else f'{key}={_plain(trained)}'
+            raise ValueError(
+                f'{key}={_plain(value)} contradicts {Path(checkpoint.path).name}, whose network has {has}; '
+                f'leave {key} out, since the file says it, or give the checkpoint of another network')
+
+
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _name_classes(
+        model: Any,
+        source: str | os.PathLike | None,
+        args: Mapping[str, Any] | None = None,
+) -> str:
+    """Tell a model the names of its classes; return why they are not known, if that is so."""
+    names = reason = None
+    if args is not None:
+        try:
+            names = trained_class_names(args, model.num_classes)
+        except (OSError, ValueError) as error:
+            reason = str(error)
+    if source is not None:
+        given_names = read_class_names(source, model.num_classes)
+        if names is not None and given_names != names:
+            raise ValueError(
+                f'the class names in {os.fspath(source)} contradict the checkpoint, which was trained on '
+                f'{", ".join(names[:3])}, ...; leave --class-names out')
+        names = given_names
+    if names is not None:
+        model.pretrained_cfg.pop('label_descriptions', None)
+        model.pretrained_cfg['label_names'] = names
+        reason = None
+    return reason or ''

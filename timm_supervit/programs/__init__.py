@@ -1,0 +1,1 @@
+"""Models as files that run without this package: what is exported, how it is written, quantized and run."""

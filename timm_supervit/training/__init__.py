@@ -1,0 +1,1 @@
+"""Super-training: the objective as tasks of timm, and label maps as its data."""
