@@ -186,8 +186,8 @@ class SuperVisionTransformer(VisionTransformer):
         if self.num_prefix_tokens != len(self.class_tokens) + reg_tokens:
             raise ValueError(f'reg_tokens {reg_tokens}: this network has none beside its class tokens; leave them out')
         self.pos_embed = None
-        check_img_sizes(img_sizes, patch_size * self._stem_reduction)
         if hasattr(self.patch_embed, 'backbone'):
+            check_img_sizes(img_sizes, patch_size * self._stem_reduction)
             self._stem_positions = count_positions(self.patch_embed.backbone, self.patch_embed.feature_ratio)
         self.img_sizes = img_sizes
         self.keep_rates = keep_rates
