@@ -60,7 +60,7 @@ def get_gradients(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize('share_prefix, dtype', [
-    (True, torch.float64), (False, torch.float64), (True, torch.float32)])
+    (True, torch.float64), pytest.param(False, torch.float64, marks=pytest.mark.slow), (True, torch.float32)])
 @pytest.mark.parametrize('backbone', MODELS)
 def test_every_subnet_gives_the_official_logits(backbone: str, share_prefix: bool, dtype: torch.dtype) -> None:
     model, numbers = read_official(backbone)
@@ -75,7 +75,7 @@ def test_every_subnet_gives_the_official_logits(backbone: str, share_prefix: boo
         torch.testing.assert_close(logits.double(), expected[subnet], atol=LOGITS[dtype], rtol=0)
 
 
-@pytest.mark.parametrize('share_prefix', [True, False])
+@pytest.mark.parametrize('share_prefix', [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('backbone, distill_teacher', [
     ('deit', 'own_size'), ('lvvit', 'largest_size'), ('lvvit', 'own_size')])
 def test_a_training_step_gives_the_official_losses_and_gradients(

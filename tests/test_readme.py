@@ -132,6 +132,7 @@ def without_comment(line: str) -> str:
     return re.split(r'(?:^|\s)#\s', line)[0]
 
 
+@pytest.mark.slow
 def test_every_command_and_snippet_runs_in_order(reader: Reader) -> None:
     ran = []
     for page, language, text in list_blocks():
