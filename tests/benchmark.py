@@ -33,10 +33,11 @@ from timm_supervit.tools.export import export
 class KeepFirst:
     """Drops as many tokens as the block of the package, without looking which: what dropping costs at least."""
 
-    def forward(self, x, num_keep=None):
+    def forward(self, x, num_keep=None, rank=False):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         x = x if num_keep is None else x[:, :self.num_prefix_tokens + num_keep]
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return (y, x, torch.arange(x.shape[1], device=x.device).expand(len(x), -1)) if rank else y
 
 
 class KeepFirstBlock(KeepFirst, TokenKeepingBlock):

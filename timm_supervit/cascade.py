@@ -190,7 +190,7 @@ class Cascade(nn.Module):
             thresholds = [2.] * self._index((img_size, keep_rate)) + [0.]  # of which no probability reaches the first
         continuations = self._continuations()
         indices = torch.arange(len(images), device=images.device)  # of the images that have not stopped yet
-        shared: dict[int, Tensor] = {}  # by stage, the tokens that it goes on from
+        shared: dict[int, Any] = {}  # by stage, the tokens that it goes on from
         stopped: list[tuple[Tensor, Tensor, Tensor]] = []  # logits, indices and stages
         for stage, threshold in enumerate(thresholds):
             logits = self._run_stage(stage, images, shared, continuations).to(images.device)
@@ -200,7 +200,7 @@ class Cascade(nn.Module):
             if not len(goes_on):
                 break
             images, indices = images[goes_on], indices[goes_on]
-            shared = {later: tokens[goes_on] for later, tokens in shared.items()}
+            shared = {later: tokens.of_images(goes_on) for later, tokens in shared.items()}
         logits, indices, exits = (torch.cat(parts) for parts in zip(*stopped, strict=True))
         back = indices.argsort()
         return (logits[back], exits[back]) if return_exits else logits[back]
@@ -209,7 +209,7 @@ class Cascade(nn.Module):
             self,
             stage: int,
             images: Tensor,
-            shared: dict[int, Tensor],
+            shared: dict[int, Any],
             continuations: Sequence[Continuation | None],
     ) -> Tensor:
         """Return the logits of a stage; keep in ``shared`` the tokens that later ones go on from."""
@@ -217,13 +217,13 @@ class Cascade(nn.Module):
         if not any(continuations):
             return model(images, img_size=subnet.img_size, keep_rate=subnet.keep_rate)
         schedule, origin = model.schedule(subnet), continuations[stage]
-        x, start = (shared.pop(stage), origin.block) if origin else (model.embed(images, subnet.img_size), 0)
+        tokens, start = (shared.pop(stage), origin.block) if origin else (model.embed(images, subnet.img_size), 0)
         later = {i: continuation.block for i, continuation in enumerate(continuations)
                  if continuation and continuation.stage == stage}
         for block in sorted({*later.values(), len(model.blocks)}):
-            x, start = model.run_blocks(x, schedule, start, block), block
-            shared |= {i: x for i, parting in later.items() if parting == block}
-        return model.forward_head(model.norm(x))
+            tokens, start = model.run_blocks(tokens, schedule, start, block), block
+            shared |= {i: tokens for i, parting in later.items() if parting == block}
+        return model.forward_head(model.norm(tokens.x))
 
     def _continuations(self) -> list[Continuation | None]:
         """Return for each stage where it goes on; None where it starts over."""

@@ -2,7 +2,7 @@
 
 Subnets of one size are the same network up to the attention of the first block in which they keep different numbers
 of patch tokens. There they part: that block ranks the tokens once, and each goes on with its best. This file is
-arithmetic on schedules only; ``SuperVisionTransformer.forward_features_subnets`` runs the tree.
+arithmetic on schedules only; ``SuperViT.forward_features_subnets`` runs the tree.
 """
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -17,8 +17,9 @@ from timm.data import resolve_data_config
 from timm.models import split_model_name_tag
 
 from ..models.backbone import supervit
+from ..models.eva import SuperEva
 from ..models.lvvit import SuperLVViT
-from ..models.supervit import SuperVisionTransformer
+from ..models.supervit import SuperViT
 from ..programs.program import Program, is_program, load_program
 from ..results.fingerprint import Source, fingerprint
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
@@ -41,7 +42,7 @@ def load_model(
         device: torch.device | str = 'cpu',
         class_names: str | os.PathLike | None = None,
         **kwargs: Any,
-) -> SuperVisionTransformer | Program:
+) -> SuperViT | Program:
     """Load a model by its name, from its checkpoint, or an exported file; ``source_of`` says where it is from.
 
     Args:
@@ -75,7 +76,7 @@ def load_supervit(
         pretrained: bool = True,
         name_classes: bool = True,
         device: torch.device | str = 'cpu',
-) -> SuperVisionTransformer:
+) -> SuperViT:
     """Create a SuperViT as its name or its checkpoint says, and load its weights.
 
     Args:
@@ -128,7 +129,7 @@ def model_of(
         settings: Mapping[str, Any] | None = None,
         class_names: str | os.PathLike | None = None,
         name_classes: bool = True,
-) -> SuperVisionTransformer:
+) -> SuperViT:
     """Create the model that a checkpoint is of, with its weights; the arguments are as in ``load_supervit``."""
     settings = dict(settings or {})
     trained_model, trained = _read_settings(checkpoint.args)
@@ -158,7 +159,7 @@ def model_of(
     return created
 
 
-def load_weights(model: SuperVisionTransformer, checkpoint: Checkpoint) -> None:
+def load_weights(model: SuperViT, checkpoint: Checkpoint) -> None:
     """Load the weights of a checkpoint into a model, all of them or, with a ``CheckpointError``, none."""
     try:
         model.load_state_dict(checkpoint.state_dict)
@@ -170,7 +171,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings that no SuperViT has, and text where a number or True or False belongs ("false" would be true).
     """
     parameters: dict[str, inspect.Parameter] = {}
-    for cls in reversed(SuperLVViT.__mro__[:-1]):  # it, the other SuperViTs and timm's ViT; not ``object``
+    # Of these classes, the other SuperViTs and timm's; not of ``object``.
+    for cls in (*reversed(SuperEva.__mro__[:-1]), *reversed(SuperLVViT.__mro__[:-1])):
         parameters |= inspect.signature(cls).parameters
     parameters |= inspect.signature(supervit).parameters  # of all factories the only one with a setting of its own
     names = parameters.keys() - {'args', 'kwargs', 'pretrained'}
@@ -216,7 +218,7 @@ def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, s
     except Exception as error:  # what settings and files of any content raise can be of any kind
         raise ValueError(
             f'{model}{source} cannot be created{f" with {shown}" if shown else ""}: {_reason(error)}') from error
-    if not isinstance(created, SuperVisionTransformer):
+    if not isinstance(created, SuperViT):
         raise ValueError(f'{model}{source} is no SuperViT; {remedy}')
     return created.eval()
 
@@ -230,7 +232,7 @@ def _reason(error: Exception) -> str:
 
 
 def _refuse_contradictions(
-        created: SuperVisionTransformer,
+        created: SuperViT,
         checkpoint: Checkpoint,
         recorded: Mapping[str, Any],
         settings: Mapping[str, Any],

@@ -6,7 +6,6 @@ copy of its module's namespace in which ``build_model_with_cfg`` is ours: it tak
 SuperViT of them. timm itself is not touched, so threads may create plain models at the same time.
 """
 import difflib
-import re
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -26,18 +25,21 @@ from timm.models import (
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block
 
 from ..subnets import Size, check_img_size, check_img_sizes, check_patch_size, sort_sizes
 from .distilled import SuperVisionTransformerDistilled
+from .eva import SuperEva
 from .hybrid_stem import get_reduction
-from .supervit import SuperVisionTransformer, create_supervit
+from .supervit import SuperVisionTransformer, SuperViT, create_supervit
 from .token_keeping import TokenKeepingAttention, TokenKeepingBlock
 from .weights import checkpoint_filter_fn, read_backbone
 
 DEFAULT_BACKBONE = 'deit_small_patch16_224'  # the paper's
 
-_CLASSES = {
+_CLASSES: dict[type, type[SuperViT]] = {
+    Eva: SuperEva,
     VisionTransformer: SuperVisionTransformer,
     VisionTransformerDistilled: SuperVisionTransformerDistilled,
 }
@@ -46,7 +48,7 @@ default_cfgs = generate_default_cfgs({'supervit': cast(Any, get_pretrained_cfg(D
 
 
 @register_model
-def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwargs: Any) -> SuperVisionTransformer:
+def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwargs: Any) -> SuperViT:
     """SuperViT of a vision transformer of timm, and with its weights: at full size and rate 1.0 the same logits.
 
     By default its image sizes are 4/7, 5/7, 6/7 and 7/7 of the backbone's, in whole patches, and it drops tokens after
@@ -81,7 +83,7 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
         resampling = {key: value for key, value in getattr(pretrained_filter_fn, 'keywords', {}).items()
                       if key in ('interpolation', 'antialias', 'align_corners')}
 
-        def create(**kwargs: Any) -> SuperVisionTransformer:
+        def create(**kwargs: Any) -> SuperViT:
             model = super_cls(**kwargs)
             model.pos_embed_resampling = resampling
             # The model is then rebuilt from its own configuration, whatever a later timm says of the backbone.
@@ -153,13 +155,13 @@ def _rebind(function: FunctionType, build: Callable[..., Any]) -> FunctionType:
     return copy(function)
 
 
-def _choose_class(backbone: str, model_cls: Any, settings: dict[str, Any]) -> type[SuperVisionTransformer]:
+def _choose_class(backbone: str, model_cls: Any, settings: dict[str, Any]) -> type[SuperViT]:
     """Return the SuperViT of a class of timm's; raise a ValueError if there is none with these settings."""
     kind, reason = _name(model_cls), ''
     block_fn, attn_layer = settings.get('block_fn', Block), settings.get('attn_layer', Attention)
     if model_cls not in _CLASSES:
-        relative = 'RelPos' in kind or any(re.search('rel_pos|rot_pos', key) and settings[key] for key in settings)
-        found = 'its positions are relative or rotary' if relative else 'it is no VisionTransformer'
+        relative = 'RelPos' in kind or any('rel_pos' in key and settings[key] for key in settings)
+        found = 'its positions are relative' if relative else 'it is no VisionTransformer'
         reason = f'{found} ({kind})'
     elif block_fn is not Block and not _is_subclass(block_fn, TokenKeepingBlock):
         reason = f'its blocks are {_name(block_fn)}, not Block'
@@ -171,8 +173,8 @@ def _choose_class(backbone: str, model_cls: Any, settings: dict[str, Any]) -> ty
         reason = 'it has no learned position embedding'
     if reason:
         raise ValueError(
-            f'backbone {backbone!r} cannot become a SuperViT: {reason}. Choose a VisionTransformer of timm that has a '
-            f'class token and learned position embeddings, as vit_small_patch16_224, vit_*_dinov2 and deit* have')
+            f'backbone {backbone!r} cannot become a SuperViT: {reason}. Choose a ViT of timm that has a class token '
+            f'and learned or rotary positions, as vit_small_patch16_224, vit_*_dinov2, vit_*_dinov3, deit*, eva02*')
     if block_fn is Block:
         settings.pop('block_fn', None)
     return _CLASSES[model_cls]

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     Attention,
     DropPath,
-    PatchEmbed,
     register_notrace_function,
     resample_abs_pos_embed,
     trunc_normal_,
@@ -52,7 +51,7 @@ from ..subnets import (
 )
 from .compiling import UncompiledDropPath, allow_recompilation_in_graph
 from .hybrid_stem import count_positions
-from .token_keeping import TokenKeepingAttention, TokenKeepingBlock, select_tokens
+from .token_keeping import BeforeTimm, TokenKeepingAttention, TokenKeepingBlock, Tokens, select_tokens
 from .weights import adapt_state_dict, check_names, checkpoint_filter_fn, plain_views
 
 
@@ -102,12 +101,12 @@ class PositionEmbeddings(nn.ParameterList):
         start = sum(self[i].shape[1] for i in range(index))
         return torch.cat(list(self), dim=1)[:, start:start + self[index].shape[1]]
 
-class SuperVisionTransformer(VisionTransformer):
-    """Vision transformer that runs at any of several image sizes and keep rates.
+class SuperViT(BeforeTimm):
+    """What a vision transformer of timm gains: it runs at any of several image sizes and keep rates.
 
-    It is timm's ``VisionTransformer`` with a grid of subnets on top; ``model(x)`` runs the active one, and
-    ``model(x, img_size=160, keep_rate=0.7)`` another for that call alone. A call changes nothing on the model, so any
-    number of threads can run any subnets at once. Images of any size are resized inside.
+    It stands before timm's class among the bases and puts a grid of subnets on top; ``model(x)`` runs the active one,
+    and ``model(x, img_size=160, keep_rate=0.7)`` another for that call alone. A call changes nothing on the model, so
+    any number of threads can run any subnets at once. Images of any size are resized inside.
 
     Attributes:
         task_class: The task that trains the model, as module:name. The settings are attributes, too, by their names.
@@ -117,6 +116,7 @@ class SuperVisionTransformer(VisionTransformer):
     pretrained_cfg: Any  # timm's builder sets it
     class_tokens: tuple[str, ...] = ('cls_token',)  # parameters; with the register tokens they are the prefix tokens
     pos_embed_resampling: dict[str, Any] = {}  # how a plain one is, where not as ``resample_abs_pos_embed`` does
+    pos_embed: Any
     _stem_positions: dict[str, int] = {}  # at how many each convolution of a stem is computed for one of its map
 
     def __init__(
@@ -132,15 +132,11 @@ class SuperVisionTransformer(VisionTransformer):
             patch_size: int | Sequence[int] = 16,
             embed_dim: int = 768,
             depth: int = 12,
-            reg_tokens: int = 0,
-            embed_layer: Callable[..., nn.Module] = PatchEmbed,
-            block_fn: Any = TokenKeepingBlock,
-            attn_layer: Any = TokenKeepingAttention,
             device: Any = None,
             dtype: Any = None,
             **kwargs: Any,
     ) -> None:
-        """Create the model; the arguments that are not listed are those of timm's ``VisionTransformer``.
+        """Create the model; the arguments that are not listed are those of timm's class.
 
         Args:
             img_sizes: Image sizes of the grid in pixels, by area, all divisible by ``patch_size``: whole numbers for
@@ -157,35 +153,18 @@ class SuperVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If a setting does not fit; the message says what would.
         """
-        for name, required in dict(
-                class_token=True, pos_embed='learn', dynamic_img_pad=False, patch_drop_rate=0.,
-        ).items():
+        for name, required in dict(class_token=True, dynamic_img_pad=False, patch_drop_rate=0.).items():
             if kwargs.pop(name, required) != required:
                 raise ValueError(f'SuperViT needs {name}={required!r}: it ranks patches by the class token and has one '
-                                 f'learned position embedding for each of its img_sizes')
-        kwargs.pop('dynamic_img_size', None)  # in timm the weights are the same with it, and here each size has its own
+                                 f'grid of patches for each of its img_sizes')
         patch_size = check_patch_size(patch_size)
         img_sizes = check_img_sizes(img_sizes, patch_size)
         keep_rates = check_keep_rates(keep_rates)
         drop_layers = check_drop_layers(drop_layers, depth)
         super().__init__(
-            img_size=size_2d(img_sizes[-1]),
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            reg_tokens=reg_tokens,
-            pos_embed='none',  # replaced by pos_embed_list
-            embed_layer=partial(embed_layer, strict_img_size=False),
-            block_fn=partial(  # type: ignore[arg-type]
-                block_fn, num_prefix_tokens=len(self.class_tokens) + reg_tokens),
-            attn_layer=_check_attn_layer(attn_layer),
-            device=device,
-            dtype=dtype,
-            **kwargs,
-        )
-        if self.num_prefix_tokens != len(self.class_tokens) + reg_tokens:
-            raise ValueError(f'reg_tokens {reg_tokens}: this network has none beside its class tokens; leave them out')
-        self.pos_embed = None
+            img_size=size_2d(img_sizes[-1]), patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            device=device, dtype=dtype, **kwargs)
+        self.patch_embed.strict_img_size = False
         if hasattr(self.patch_embed, 'backbone'):
             check_img_sizes(img_sizes, patch_size * self._stem_reduction)
             self._stem_positions = count_positions(self.patch_embed.backbone, self.patch_embed.feature_ratio)
@@ -196,16 +175,21 @@ class SuperVisionTransformer(VisionTransformer):
         self.distill_teacher = check_choice('distill_teacher', distill_teacher, DISTILL_TEACHERS)
         self.share_prefix = share_prefix
         self.subnet = Subnet(img_sizes[-1] if img_size is None else check_img_size(img_size), keep_rate)
-        lengths = [self.num_patches(size) + self.num_embed_prefix_tokens for size in img_sizes]
-        self.pos_embed_list = PositionEmbeddings(
-            torch.empty(1, length, embed_dim, device=device, dtype=dtype) for length in lengths)
+        self.pos_embed_list = PositionEmbeddings()
+        self.register_load_state_dict_pre_hook(adapt_state_dict)
+
+    def learn_positions(self, device: Any = None, dtype: Any = None) -> None:
+        """Give each image size a position embedding of its own, in the place of the one that timm's class has."""
+        self.pos_embed = None
+        for size in self.img_sizes:
+            length = self.num_patches(size) + self.num_embed_prefix_tokens
+            self.pos_embed_list.append(torch.empty(1, length, self.embed_dim, device=device, dtype=dtype))
         self.pos_embed_list.reset_parameters()
         # Behind the position embeddings again, as in timm, where code relies on the last parameters being the head's.
         for name, module in list(self.named_children()):
-            if name not in ('patch_embed', 'pos_drop', 'patch_drop', 'norm_pre', 'pos_embed_list'):
+            if name not in ('patch_embed', 'pos_drop', 'patch_drop', 'rope', 'norm_pre', 'pos_embed_list'):
                 delattr(self, name)
                 setattr(self, name, module)
-        self.register_load_state_dict_pre_hook(adapt_state_dict)
 
     @property
     def subnets(self) -> list[Subnet]:
@@ -282,12 +266,12 @@ class SuperVisionTransformer(VisionTransformer):
     def _macs(self, subnet: Subnet, before: int | None = None) -> int:
         schedule, num_patches = self.schedule(subnet), self.num_patches(subnet.img_size)
         macs = self.embed_macs(num_patches)
-        blocks: Any = self.blocks
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(self.blocks):
             if i == before:
                 return macs
             num_tokens = num_patches + self.num_prefix_tokens
-            macs += num_tokens * linear_macs(block.attn) + 2 * num_tokens ** 2 * block.attn.attn_dim
+            width = block.attn.num_heads * block.attn.head_dim
+            macs += num_tokens * linear_macs(block.attn) + 2 * num_tokens ** 2 * width
             num_patches = schedule.get(i, num_patches)
             macs += (num_patches + self.num_prefix_tokens) * linear_macs(block.mlp)
         return macs + self.head_macs(num_patches)
@@ -362,16 +346,6 @@ class SuperVisionTransformer(VisionTransformer):
             check_names(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """Load the weights in an original JAX file (``.npz``) of a ViT, as timm's ViT does.
-
-        Args:
-            checkpoint_path: The file.
-            prefix: What its names begin with.
-        """
-        for plain in plain_views(self):  # each takes the position embedding of its size, and all take the rest
-            VisionTransformer.load_pretrained(plain, checkpoint_path, prefix)  # type: ignore[arg-type]
-
     def __prepare_scriptable__(self) -> Any:  # noqa: D105, what torch.jit.script calls first
         raise NotImplementedError(
             f'{type(self).__name__} has no TorchScript; use torch.jit.trace, torch.export, torch.compile or ONNX')
@@ -383,13 +357,12 @@ class SuperVisionTransformer(VisionTransformer):
             **kwargs: Arguments of ``torch.compile``.
         """
         allow_recompilation_in_graph()
-        blocks: Any = self.blocks
         if any(isinstance(module, DropPath) for module in self.modules()):
-            for block in blocks:
+            for block in self.blocks:
                 for name in ('drop_path1', 'drop_path2'):
                     rate = getattr(getattr(block, name), 'drop_prob', 0.)  # timm gives a block of rate 0 no DropPath
                     setattr(block, name, UncompiledDropPath(rate).train(block.training))
-        for block in blocks:
+        for block in self.blocks:
             block.compile(**{'dynamic': True, **kwargs})
 
     @torch.jit.ignore
@@ -424,7 +397,7 @@ class SuperVisionTransformer(VisionTransformer):
         old_sizes, old_grids = self.img_sizes, [self.grid_size(size) for size in self.img_sizes]
         super().set_input_size(img_size=size_2d(img_sizes[-1]), patch_size=(new_patch,) * 2)
         pos_embeds = []
-        for size in img_sizes:
+        for size in img_sizes if len(self.pos_embed_list) else ():
             nearest = find_nearest_size(size, old_sizes)
             old, requires_grad = self.pos_embed_list[nearest], self.pos_embed_list[nearest].requires_grad
             new = resample_abs_pos_embed(
@@ -439,17 +412,24 @@ class SuperVisionTransformer(VisionTransformer):
         """Turn images [B, C, H, W] into patch tokens [B, N, D]; a subclass may take more that belongs to the call."""
         return self.patch_embed(x)
 
-    def embed(self, x: Tensor, img_size: Size, **kwargs: Any) -> Tensor:
-        """Turn images [B, C, H, W] into the tokens [B, T, D] of one image size, positions added."""
+    def rotations(self, img_size: Size) -> Tensor | None:
+        """Return the rotations of all patches at an image size, see ``Tokens``, where positions are rotary."""
+        return None
+
+    def embed(self, x: Tensor, img_size: Size, **kwargs: Any) -> Tokens:
+        """Turn images [B, C, H, W] into the tokens of one image size, positions added."""
         index = find_size(img_size, self.img_sizes)
         x = self.embed_patches(resize_images(x, img_size, self.in_chans), **kwargs)
-        return self.add_positions(x, self.pos_embed_list.select(index))
+        pos_embed = self.pos_embed_list.select(index) if len(self.pos_embed_list) else None
+        return Tokens(self.add_positions(x, pos_embed), rotations=self.rotations(img_size))
 
-    def add_positions(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, pos_embed: Tensor | None) -> Tensor:
         """Put the prefix tokens before patch tokens [B, N, D] and add a position embedding; return tokens [B, T, D]."""
         tokens = [getattr(self, name) for name in (*self.class_tokens, 'reg_token')]
         prefix = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
-        if self.no_embed_class:
+        if pos_embed is None:
+            x = torch.cat([*prefix, x], dim=1)
+        elif self.no_embed_class:
             x = torch.cat([*prefix, x + pos_embed], dim=1)
         else:
             x = torch.cat([*prefix, x], dim=1) + pos_embed
@@ -457,17 +437,17 @@ class SuperVisionTransformer(VisionTransformer):
 
     def run_blocks(
             self,
-            x: Tensor,
+            tokens: Tokens,
             schedule: Mapping[int, int],
             start: int = 0,
             stop: int | None = None,
             prefix_only: bool = False,
             **masks: Any,
-    ) -> Tensor:
-        """Run blocks on tokens [B, T, D].
+    ) -> Tokens:
+        """Run blocks on tokens.
 
         Args:
-            x: The tokens that enter the first of the blocks.
+            tokens: Those that enter the first of the blocks, from ``embed`` or from another run.
             schedule: How many patches each block keeps that drops some, from ``schedule``.
             start: The first block.
             stop: The block before which to stop (default: behind the last).
@@ -475,21 +455,22 @@ class SuperVisionTransformer(VisionTransformer):
             **masks: ``attn_mask`` and ``is_causal`` for the blocks, where none drops any.
 
         Returns:
-            The tokens that are left [B, T, D].
+            The tokens that are left; only the prefix tokens, if nothing else was computed.
         """
         stop = len(self.blocks) if stop is None else stop
         for i in range(start, stop):
             if i in schedule:
-                x = self._run_block(i, x, num_keep=schedule[i])
-            elif prefix_only and i == stop - 1:
-                x = self._run_block(i, x, prefix_only=True)
+                x, order = self._run_block(i, tokens, num_keep=schedule[i], rank=True)[::2]
+                tokens = tokens.keep(x, order[:, :x.shape[1]])
             else:
-                x = self._run_block(i, x, **masks)
-        return x
+                how = dict(prefix_only=True) if prefix_only and i == stop - 1 else masks
+                tokens = tokens._replace(x=self._run_block(i, tokens, **how))
+        return tokens
 
-    def _run_block(self, index: int, x: Tensor, **kwargs: Any) -> Any:
+    def _run_block(self, index: int, tokens: Tokens, **kwargs: Any) -> Any:
+        kwargs |= tokens.rotations_in(index, self.num_prefix_tokens)
         block = partial(self.blocks[index], **kwargs)  # a reentrant checkpoint takes no keyword arguments
-        return checkpoint(block, x) if self.grad_checkpointing else block(x)
+        return checkpoint(block, tokens.x) if self.grad_checkpointing else block(tokens.x)
 
     def forward_features(
             self,
@@ -516,7 +497,7 @@ class SuperVisionTransformer(VisionTransformer):
                 subnet that drops tokens.
         """
         subnet, schedule, masks = self._read_call(attn_mask, is_causal, img_size, keep_rate)
-        return self.norm(self.run_blocks(self.embed(x, subnet.img_size), schedule, **masks))
+        return self.norm(self.run_blocks(self.embed(x, subnet.img_size), schedule, **masks).x)
 
     def forward(
             self,
@@ -594,36 +575,41 @@ class SuperVisionTransformer(VisionTransformer):
                 tokens.update(dict.fromkeys((members[i] for i in leaf.members), self.norm(y)))
         return [tokens[i] for i in range(len(checked))]
 
-    def _run_branch(self, x: Tensor, branch: Branch) -> Iterator[tuple[Branch, Tensor]]:
+    def _run_branch(self, tokens: Tokens, branch: Branch) -> Iterator[tuple[Branch, Tensor]]:
         """Run a branch and all that it parts into; yield each leaf with its tokens [B, T, D]."""
-        x = self.run_blocks(x, branch.drops, branch.blocks.start, branch.blocks.stop, branch.prefix_only)
+        tokens = self.run_blocks(tokens, branch.drops, branch.blocks.start, branch.blocks.stop, branch.prefix_only)
         if not branch.parts:
-            yield branch, x
+            yield branch, tokens.x
             return
-        x, _, order = self._run_block(branch.blocks.stop, x, rank=True)
+        x, order = self._run_block(branch.blocks.stop, tokens, rank=True)[::2]
         for part in branch.parts:
             kept = order[:, :self.num_prefix_tokens + part.num_patches]
-            yield from self._run_branch(x if kept.shape == order.shape else select_tokens(x, kept), part)
+            is_all = kept.shape == order.shape
+            left = tokens._replace(x=x) if is_all else tokens.keep(select_tokens(x, kept), kept)
+            yield from self._run_branch(left, part)
 
-    def _trace_blocks(self, x: Tensor, schedule: dict[int, int], masks: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
-        """Run the blocks one by one and keep book of the tokens.
+    def _trace_blocks(
+            self,
+            tokens: Tokens,
+            schedule: Mapping[int, int],
+            **masks: Any,
+    ) -> Iterator[tuple[Tokens, Tensor]]:
+        """Run the blocks one by one and keep the last value of every token.
 
         Yields:
-            After each block, the kept tokens [B, T, D], the last values of all tokens, the dropped ones included
-            [B, T0, D], and the indices among them of the kept tokens [B, T].
+            After each block, the tokens that are left, and the last values of all, the dropped ones included
+            [B, T0, D].
         """
-        dense = x
-        indices = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        dense = tokens.x
         for i in range(len(self.blocks)):
             if i in schedule:
-                x, attended, order = self._run_block(i, x, rank=True)
-                dense = _fill_in(dense, attended, indices)  # what this block drops keeps the value it has here
-                kept = order[:, :self.num_prefix_tokens + schedule[i]]
-                x, indices = select_tokens(x, kept), indices.gather(1, kept)
+                x, attended, order = self._run_block(i, tokens, num_keep=schedule[i], rank=True)
+                dense = _fill_in(dense, tokens._replace(x=attended))  # what is dropped keeps the value that it has here
+                tokens = tokens.keep(x, order[:, :x.shape[1]])
             else:
-                x = self._run_block(i, x, **masks)
-            dense = _fill_in(dense, x, indices)
-            yield x, dense, indices
+                tokens = tokens._replace(x=self._run_block(i, tokens, **masks))
+            dense = _fill_in(dense, tokens)
+            yield tokens, dense
 
     def forward_intermediates(
             self,
@@ -654,11 +640,11 @@ class SuperVisionTransformer(VisionTransformer):
             raise ValueError(f'output_fmt {output_fmt!r} is unknown; use NCHW or NLC')
         subnet, schedule, masks = self._read_call(attn_mask, is_causal, img_size, keep_rate)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x = self.embed(x, subnet.img_size)
+        tokens = self.embed(x, subnet.img_size)
         num_prefix, grid_size = self.num_prefix_tokens, self.grid_size(subnet.img_size)
         maps, prefixes = [], []
-        for i, (tokens, dense, _) in enumerate(self._trace_blocks(x, schedule, masks)):
-            x = tokens
+        for i, (left, dense) in enumerate(self._trace_blocks(tokens, schedule, **masks)):
+            tokens = left
             if i in take_indices:
                 dense = self.norm(dense) if norm else dense
                 prefixes.append(dense[:, :num_prefix])
@@ -671,9 +657,9 @@ class SuperVisionTransformer(VisionTransformer):
             result: dict[str, Any] = {'image_intermediates': maps}
             if return_prefix_tokens:
                 result['image_intermediates_prefix'] = prefixes
-            return result if intermediates_only else result | {'image_features': self.norm(x)}
+            return result if intermediates_only else result | {'image_features': self.norm(tokens.x)}
         intermediates = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (self.norm(tokens.x), intermediates)
 
     def kept_patches(
             self,
@@ -688,17 +674,65 @@ class SuperVisionTransformer(VisionTransformer):
             For each dropping block, the indices of the kept patches in the subnet's grid, row-major, best first [B, K].
         """
         subnet, schedule, _ = self._read_call(None, False, img_size, keep_rate)
-        steps = self._trace_blocks(self.embed(x, subnet.img_size), schedule, {})
-        num_prefix = self.num_prefix_tokens
-        return {i: indices[:, num_prefix:] - num_prefix for i, (_, _, indices) in enumerate(steps) if i in schedule}
+        num_prefix, kept = self.num_prefix_tokens, {}
+        for i, (tokens, _) in enumerate(self._trace_blocks(self.embed(x, subnet.img_size), schedule)):
+            if i in schedule:
+                kept[i] = cast(Tensor, tokens.indices)[:, num_prefix:] - num_prefix
+        return kept
 
 
-def find_supervit(model: Any) -> SuperVisionTransformer | None:
+class SuperVisionTransformer(SuperViT, VisionTransformer):
+    """SuperViT on timm's ``VisionTransformer``, with a learned position embedding for each image size."""
+
+    def __init__(
+            self,
+            reg_tokens: int = 0,
+            pos_embed: str = 'learn',
+            block_fn: Any = TokenKeepingBlock,
+            attn_layer: Any = TokenKeepingAttention,
+            device: Any = None,
+            dtype: Any = None,
+            **kwargs: Any,
+    ) -> None:
+        """Create the model; the arguments that are not listed are those of ``SuperViT`` and timm's class.
+
+        Raises:
+            ValueError: If a setting does not fit; the message says what would.
+        """
+        if pos_embed != 'learn':
+            raise ValueError(f'pos_embed {pos_embed!r}: SuperViT has a learned position embedding for each of its '
+                             f'img_sizes; leave it out')
+        kwargs.pop('dynamic_img_size', None)  # in timm the weights are the same with it, and here each size has its own
+        super().__init__(
+            reg_tokens=reg_tokens,
+            pos_embed='none',  # see ``learn_positions``
+            block_fn=partial(block_fn, num_prefix_tokens=len(self.class_tokens) + reg_tokens),
+            attn_layer=_check_attn_layer(attn_layer),
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+        if self.num_prefix_tokens != len(self.class_tokens) + reg_tokens:
+            raise ValueError(f'reg_tokens {reg_tokens}: this network has none beside its class tokens; leave them out')
+        self.learn_positions(device, dtype)
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load the weights in an original JAX file (``.npz``) of a ViT, as timm's ViT does.
+
+        Args:
+            checkpoint_path: The file.
+            prefix: What its names begin with.
+        """
+        for plain in plain_views(self):  # each takes the position embedding of its size, and all take the rest
+            VisionTransformer.load_pretrained(plain, checkpoint_path, prefix)  # type: ignore[arg-type]
+
+
+def find_supervit(model: Any) -> SuperViT | None:
     """Return the SuperViT that a model is, or that it wraps: for distribution, averaging, compiling, or by PEFT."""
     model = unwrap_model(model)
     if get_base_model := getattr(model, 'get_base_model', None):
         model = get_base_model()
-    return model if isinstance(model, SuperVisionTransformer) else None
+    return model if isinstance(model, SuperViT) else None
 
 
 def _is_given(argument: Any) -> bool:
@@ -722,9 +756,10 @@ def linear_macs(module: nn.Module) -> int:
         if isinstance(m, (nn.Linear, nn.Conv2d)) and 'original_module' not in name.split('.'))
 
 
-def _fill_in(dense: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """Write tokens [B, T, D] over those among the dense tokens [B, T0, D] that have these indices [B, T]."""
-    return x if x.shape == dense.shape else dense.scatter(1, indices.unsqueeze(-1).expand_as(x), x)
+def _fill_in(dense: Tensor, tokens: Tokens) -> Tensor:
+    """Write tokens over those among the dense tokens [B, T0, D] that they come from."""
+    indices = tokens.indices
+    return tokens.x if indices is None else dense.scatter(1, indices.unsqueeze(-1).expand_as(tokens.x), tokens.x)
 
 
 def supervit_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -754,10 +789,10 @@ default_cfgs = generate_default_cfgs({
 def create_supervit(
         variant: str,
         pretrained: bool = False,
-        model_cls: Callable[..., SuperVisionTransformer] = SuperVisionTransformer,
+        model_cls: Callable[..., SuperViT] = SuperVisionTransformer,
         filter_fn: Callable[..., dict[str, Any]] = checkpoint_filter_fn,
         **kwargs: Any,
-) -> SuperVisionTransformer:
+) -> Any:
     """Build a registered variant by timm's builder, which loads weights and wraps features."""
     if 'backbone' in kwargs:
         raise ValueError(

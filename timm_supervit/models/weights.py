@@ -4,6 +4,7 @@ Weights move between grids of subnets: each image size takes the position embedd
 What does not fit leaves the model as it was. Values are checked in a ``load_state_dict`` pre-hook, which every route
 passes; names where all of them must be there: with ``strict=True``, and in a file that ``create_model`` reads.
 """
+import itertools
 import logging
 import math
 import re
@@ -54,7 +55,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, An
     """Return the weights in a file, which timm may load leniently; those of other patches resampled as for its ViT."""
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     norm = '' if 'fc_norm.weight' in {*state_dict, *model.state_dict()} else r'|norm\.'  # else it goes with the head
-    check_names(model, state_dict, 'cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre|blocks' + norm)
+    check_names(model, state_dict, 'cls_token|dist_token|reg_token|pos_embed|patch_embed|rope|norm_pre|blocks' + norm)
     key, kernel = 'patch_embed.proj.weight', _get_kernel(model)
     if key in state_dict and state_dict[key].ndim == 4 and state_dict[key].shape[2:] != kernel:
         _fit_pos_embeds(model, state_dict, '')  # while the weights tell what size in pixels theirs are of
@@ -75,7 +76,7 @@ class PlainView:
 
 def plain_views(model: Any) -> Iterator[PlainView]:
     """Yield a SuperViT as the plain ViT of each of its image sizes."""
-    for img_size, pos_embed in zip(model.img_sizes, model.pos_embed_list, strict=True):
+    for img_size, pos_embed in itertools.zip_longest(model.img_sizes, model.pos_embed_list):  # there may be none
         patch_embed = PlainView(model.patch_embed, grid_size=model.grid_size(img_size))
         yield PlainView(model, pos_embed=pos_embed, patch_embed=patch_embed)
 

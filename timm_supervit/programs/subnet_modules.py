@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.supervit import SuperVisionTransformer
+from ..models.supervit import SuperViT
+from ..models.token_keeping import Tokens
 from ..subnets import Subnet, format_size, size_2d
 
 
@@ -22,7 +23,7 @@ class FixedSubnet(nn.Module):
         subnet: The subnet, one of the model's sizes.
     """
 
-    def __init__(self, model: SuperVisionTransformer, subnet: Subnet) -> None:
+    def __init__(self, model: SuperViT, subnet: Subnet) -> None:
         super().__init__()
         self.model = model
         self.subnet = subnet
@@ -32,8 +33,8 @@ class FixedSubnet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [B, num_classes] of images [B, C, H, W] of any size."""
         model = self.model
-        x = model.run_blocks(model.embed(x, self.subnet.img_size), self.schedule)
-        return model.forward_head(model.norm(x))
+        tokens = model.run_blocks(model.embed(x, self.subnet.img_size), self.schedule)
+        return model.forward_head(model.norm(tokens.x))
 
 
 class Requirement(nn.Module):
@@ -64,7 +65,7 @@ class ElasticSubnet(nn.Module):
         model: The model, in evaluation mode and on its device.
     """
 
-    def __init__(self, model: SuperVisionTransformer) -> None:
+    def __init__(self, model: SuperViT) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
@@ -72,11 +73,11 @@ class ElasticSubnet(nn.Module):
         self.is_square = all(height == width for height, width in sizes)
         self.grids = [model.grid_size(size) for size in model.img_sizes]
         self.patch_size = sizes[0][0] // self.grids[0][0]  # in the image, whatever a convolutional stem does to it
-        lengths = [pos_embed.shape[1] for pos_embed in model.pos_embed_list]
         # Not buffers: they stay on the CPU, as do the inputs that they are compared with.
         self.sizes = torch.tensor([height for height, _ in sizes] if self.is_square else sizes)
-        self.table = torch.tensor([
-            (rows, columns, rows * columns, sum(lengths[:i])) for i, (rows, columns) in enumerate(self.grids)])
+        counts = [rows * columns for rows, columns in self.grids]
+        self.table = torch.tensor([  # rows, columns and patches of each size, and the patches of all sizes before it
+            (*grid, counts[i], sum(counts[:i]), i) for i, grid in enumerate(self.grids)])
         self.require_size = Requirement(f'img_size_must_be_one_of_{"_".join(map(format_size, model.img_sizes))}')
         self.require_rate = Requirement('keep_rate_must_be_above_0_and_at_most_1')
 
@@ -100,7 +101,8 @@ class ElasticSubnet(nn.Module):
         keep_rate = keep_rate.reshape(1).index_select(0, valid)
         row = self.table.index_select(0, index).flatten()
         x = (self._embed if torch.onnx.is_in_onnx_export() else self._embed_by_branches)(image, index, row)
-        return model.forward_head(model.norm(model.run_blocks(x, self._schedule(x, row, keep_rate))))
+        tokens = Tokens(x, rotations=self._rotations(x, row))
+        return model.forward_head(model.norm(model.run_blocks(tokens, self._schedule(x, row, keep_rate)).x))
 
     def _schedule(self, x: Tensor, row: Tensor, keep_rate: Tensor) -> dict[int, Any]:
         """Return how many patches each dropping block keeps, as ``keep_schedule`` counts them."""
@@ -114,20 +116,27 @@ class ElasticSubnet(nn.Module):
             schedule[i] = num_patches = num_keep
         return schedule
 
+    def _rotations(self, x: Tensor, row: Tensor) -> Tensor | None:
+        """Return the rotations of the size of a row of the table, for tokens [B, T, D], where positions are rotary."""
+        parts = [part for size in self.model.img_sizes if (part := self.model.rotations(size)) is not None]
+        if not parts:
+            return None
+        return _take(torch.cat(parts, dim=2), 2, row[3].item(), x.shape[1] - self.model.num_prefix_tokens)
+
     def _embed(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
         """Return the tokens [B, T, D] of images in the size of a row of the table."""
         model: Any = self.model
-        rows, columns, num_patches, start = row.tolist()
+        rows, columns, num_patches, start, number = row.tolist()
         for side, sides in zip((rows, columns), zip(*self.grids, strict=True), strict=True):
             torch._check(side >= 1)
             torch._check(side <= max(sides))
         x = model.embed_patches(_resize(image, (rows * self.patch_size, columns * self.patch_size)))
-        length = x.shape[1] + model.num_embed_prefix_tokens
-        pos_embeds = torch.cat(list(model.pos_embed_list), dim=1)
         torch._check(num_patches == x.shape[1])
-        torch._check(start >= 0)
-        torch._check(start + length <= pos_embeds.shape[1])
-        return model.add_positions(x, pos_embeds.narrow(1, start, length))
+        if not len(model.pos_embed_list):
+            return model.add_positions(x, None)
+        num_prefix = model.num_embed_prefix_tokens  # in each of them
+        pos_embeds = torch.cat(list(model.pos_embed_list), dim=1)
+        return model.add_positions(x, _take(pos_embeds, 1, start + number * num_prefix, x.shape[1] + num_prefix))
 
     def _embed_by_branches(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
         """Do the same with a branch for each size.
@@ -146,7 +155,7 @@ class ElasticSubnet(nn.Module):
         def embed(i: int) -> Any:
             def embed_in_size(x: Tensor) -> Tensor:
                 x = model.embed_patches(_resize(x, size_2d(model.img_sizes[i])))
-                x = model.add_positions(x, model.pos_embed_list[i])
+                x = model.add_positions(x, model.pos_embed_list[i] if len(model.pos_embed_list) else None)
                 return F.pad(x, (0, 0, 0, length - x.shape[1])).contiguous()
 
             return embed_in_size
@@ -156,6 +165,13 @@ class ElasticSubnet(nn.Module):
         torch._check(num_patches >= 1)
         torch._check(num_patches <= most)
         return x.narrow(1, 0, num_patches + model.num_prefix_tokens)
+
+
+def _take(x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
+    """Return a part of a tensor that is known only when the program runs."""
+    torch._check(start >= 0)
+    torch._check(start + length <= x.shape[dim])
+    return x.narrow(dim, start, length)
 
 
 def _resize(x: Tensor, size: Any) -> Tensor:

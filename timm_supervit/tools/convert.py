@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from ..models.supervit import SuperVisionTransformer
+from ..models.supervit import SuperViT
 from ..results.files import TEMPORARY, fill_folder
 from ..results.fingerprint import fingerprint, source_of
 from ..results.rows import Results, column_of, difference, load_results, subnet_of
@@ -19,7 +19,7 @@ from ..subnets import Subnet, format_size
 
 
 def convert(
-        model: SuperVisionTransformer,
+        model: SuperViT,
         output: str | os.PathLike,
         *,
         results: str | os.PathLike | None = None,
@@ -72,7 +72,7 @@ def convert(
 
 
 def model_card(
-        model: SuperVisionTransformer,
+        model: SuperViT,
         source: str,
         results: Results | None = None,
         license: str | None = None,

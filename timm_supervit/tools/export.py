@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..images.datasets import DEFAULT_WORKERS, preprocessing
 from ..loading.class_names import class_names
-from ..models.supervit import SuperVisionTransformer
+from ..models.supervit import SuperViT
 from ..programs.int8 import create_calibration_loader, quantize_program
 from ..programs.program import load_program, manifest_path
 from ..programs.subnet_modules import ElasticSubnet, FixedSubnet
@@ -44,7 +44,7 @@ class ExportError(RuntimeError):
 
 
 def export(
-        model: SuperVisionTransformer,
+        model: SuperViT,
         output: str | os.PathLike,
         format: str,
         subnets: Sequence[tuple[Any, float]] = (),
@@ -136,7 +136,7 @@ def _subnets(module: Any) -> dict[Subnet, int | None]:
     return module.model.subnet_macs([module.subnet] if isinstance(module, FixedSubnet) else None)
 
 
-def _example_images(model: SuperVisionTransformer, batch_size: int, seed: int = 0) -> Tensor:
+def _example_images(model: SuperViT, batch_size: int, seed: int = 0) -> Tensor:
     """Return noise in the place of normalized images [B, C, H, W] of the model's largest size, the same each time."""
     shape = (batch_size, model.in_chans, *size_2d(model.img_sizes[-1]))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

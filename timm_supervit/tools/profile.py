@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.supervit import SuperVisionTransformer
+from ..models.supervit import SuperViT
 from ..programs.program import open_session
 from ..programs.subnet_modules import FixedSubnet
 from ..programs.writing import write_program
@@ -100,7 +100,7 @@ def profile(
         _check_setting(**setting)
     if rounds < 2:
         raise ValueError(f'rounds {rounds} shows no spread; use 2 or more')
-    if not isinstance(model, SuperVisionTransformer) and (*precisions, *runtimes) != ('float32', 'eager'):
+    if not isinstance(model, SuperViT) and (*precisions, *runtimes) != ('float32', 'eager'):
         raise ValueError('an exported file runs in its own precision and runtime; leave --precision and --runtime out')
     device = model.device
     subjects = [*_subnet_subjects(model, subnets), *(_peer_subject(peer, device) for peer in peers)]
@@ -139,7 +139,7 @@ def _subnet_subjects(model: Any, subnets: Sequence[tuple[Size, float]] | None) -
     return [
         _Subject(
             {**subnet._asdict(), 'macs': cost},
-            FixedSubnet(model, subnet) if isinstance(model, SuperVisionTransformer)
+            FixedSubnet(model, subnet) if isinstance(model, SuperViT)
             else functools.partial(model, img_size=subnet.img_size, keep_rate=subnet.keep_rate),
             input_size)
         for subnet, cost in model.subnet_macs(subnets).items()]

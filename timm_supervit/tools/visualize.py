@@ -15,7 +15,7 @@ from torch import Tensor
 from ..images.datasets import preprocessing
 from ..images.passes import check_finite
 from ..loading.class_names import shown_class_names
-from ..models.supervit import SuperVisionTransformer, resize_images
+from ..models.supervit import SuperViT, resize_images
 from ..results.pictures import plain_text
 from ..results.rows import Results, column_of, results_of
 from ..subnets import Size, Subnet, format_size
@@ -37,7 +37,7 @@ class Visualization(NamedTuple):
 
 
 def visualize(
-        model: SuperVisionTransformer,
+        model: SuperViT,
         images: Sequence[str | os.PathLike],
         subnets: Sequence[tuple[Size, float]] | None = None,
 ) -> Visualization:
@@ -87,7 +87,7 @@ class KeptTokens(NamedTuple):
     kept: dict[int, np.ndarray]
 
 
-def read_image(path: str | os.PathLike, model: SuperVisionTransformer) -> Tensor:
+def read_image(path: str | os.PathLike, model: SuperViT) -> Tensor:
     """Read an image file and prepare it as for the model's evaluation, [C, H, W]."""
     transform: Any = create_transform(**preprocessing(model))
     try:
@@ -97,7 +97,7 @@ def read_image(path: str | os.PathLike, model: SuperVisionTransformer) -> Tensor
         raise OSError(f'{os.fspath(path)} cannot be read as an image: {error}') from error
 
 
-def telling_subnets(model: SuperVisionTransformer, num_images: int) -> list[Subnet]:
+def telling_subnets(model: SuperViT, num_images: int) -> list[Subnet]:
     """Return the subnets to draw where none are asked for: few, that drop most.
 
     Args:
@@ -110,7 +110,7 @@ def telling_subnets(model: SuperVisionTransformer, num_images: int) -> list[Subn
 
 @torch.inference_mode()
 def find_kept_tokens(
-        model: SuperVisionTransformer,
+        model: SuperViT,
         image: Tensor,
         macs: Mapping[Subnet, Any],
         title: str = '',

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from ..models.supervit import SuperVisionTransformer, find_supervit
+from ..models.supervit import SuperViT, find_supervit
 from ..subnets import Size, Subnet
 
 _logger = logging.getLogger(__name__)
@@ -96,9 +96,9 @@ class SuperViTTask(ClassificationTask):
                 f'train_subnets={self.model.train_subnets}')
 
     @property
-    def model(self) -> SuperVisionTransformer:
+    def model(self) -> SuperViT:
         """The SuperViT without wrappers."""
-        return cast(SuperVisionTransformer, find_supervit(self.trainable_module))
+        return cast(SuperViT, find_supervit(self.trainable_module))
 
     def sample_subnets(self) -> list[Subnet]:
         """Draw the subnets of one step, each size's network that keeps all tokens before those that learn from it."""
