@@ -3,6 +3,7 @@
     python tests/benchmark.py subnets    each subnet, against the reference and against keeping the first tokens
     python tests/benchmark.py all        all subnets at once, against one after the other
     python tests/benchmark.py step       a training step, against four separate passes; its peak memory too
+    python tests/benchmark.py rotary     each rate of a network with rotary positions, against one without and timm's
     python tests/benchmark.py elastic    one ONNX file of all subnets, against a file for each, and its int8 form
 
 All contestants take turns in one process, so that drift of the machine hits all alike. Ratios are medians over the
@@ -176,6 +177,28 @@ def measure_step(args: argparse.Namespace) -> None:
         print(f'{name:30} {1000 * statistics.median(times[name]):9.1f}     {text}   {peak_memory(run, args.device)}')
 
 
+def measure_rotary(args: argparse.Namespace) -> None:
+    name, settings = args.backbone, dict(img_sizes=(224,), num_classes=1000)
+    plain = timm.create_model(name, img_size=224, num_classes=1000).to(args.device).eval()
+    model = timm.create_model('supervit', backbone=name, **settings).to(args.device).eval()
+    unrotated = timm.create_model('supervit', backbone=name, use_rot_pos_emb=False, **settings).to(args.device).eval()
+    x = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+    print(f'{name}, {model.num_patches(224)} patches, width {model.embed_dim}, batch {args.batch_size}')
+    print('rate         ms   / without rotations     / timm, all tokens')
+    for rate in (0.5, 0.7, 1.0):
+        def run(network, **subnet):
+            with torch.inference_mode(), autocast(args):
+                return network(x, **subnet)
+
+        times = interleave({
+            'ours': lambda rate=rate: run(model, keep_rate=rate),
+            'unrotated': lambda rate=rate: run(unrotated, keep_rate=rate),
+            'timm': lambda: run(plain),
+        }, args.rounds, args.device)
+        print(f'{rate:<9g} {1000 * statistics.median(times["ours"]):7.1f}   {ratio(times, "ours", "unrotated")[1]}'
+              f'   {ratio(times, "ours", "timm")[1]}', flush=True)
+
+
 def measure_elastic(args: argparse.Namespace) -> None:
     model = networks(args)[0].eval()
     x = torch.randn(args.batch_size, 3, 224, 224)
@@ -244,14 +267,15 @@ def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('measurement', choices=('subnets', 'all', 'step', 'elastic'))
+    parser.add_argument('measurement', choices=('subnets', 'all', 'step', 'rotary', 'elastic'))
     parser.add_argument('--folder', default='output/benchmark', help='where exported files are or go (elastic only)')
     parser.add_argument('--model', default='supervit_small')
+    parser.add_argument('--backbone', default='vit_small_patch16_rope_224', help='rotary only')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the blocks (step only)')
     arguments = parser.parse_args()
-    {'subnets': measure_subnets, 'all': measure_all, 'step': measure_step, 'elastic': measure_elastic,
-     }[arguments.measurement](arguments)
+    {'subnets': measure_subnets, 'all': measure_all, 'step': measure_step, 'rotary': measure_rotary,
+     'elastic': measure_elastic}[arguments.measurement](arguments)

@@ -50,7 +50,8 @@ def run_script(name, *options):
 @pytest.mark.skipif(not TIMM_SCRIPTS, reason='TIMM_SCRIPTS does not name the folder of train.py')
 @pytest.mark.parametrize('backbone, img_sizes', [
     ('vit_small_patch14_reg4_dinov2', '28,42'), ('deit_tiny_distilled_patch16_224', '32,48'),
-    ('vit_tiny_r_s16_p8_224', '64,96'),
+    ('vit_tiny_r_s16_p8_224', '64,96'), ('vit_small_patch16_dinov3', '32,48'), ('eva02_tiny_patch14_224', '28,42'),
+    ('vit_small_patch16_rope_mixed_ape_224', '32,48'),
 ])
 def test_train_py_super_trains_from_a_backbones_weights_and_all_agree_on_the_result(
         backbone, img_sizes, photographs, tmp_path):

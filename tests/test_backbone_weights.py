@@ -1,5 +1,6 @@
 """SuperViTs start from the weights of timm's vision transformers in any form that timm reads, and come back alone."""
 import json
+import re
 import socket
 from typing import Any
 
@@ -50,6 +51,16 @@ def save_as_radio(model, path):
     torch.save(raw, path)
 
 
+def save_as_dinov3(model, path):
+    """Write what Meta's files hold: biases of the projection together, its keys' zero, and scales by other names."""
+    raw = {re.sub('gamma_([12])', r'ls\1.gamma', name).replace('reg_token', 'storage_tokens'): value
+           for name, value in model.state_dict().items() if not re.search('[qv]_bias', name)}
+    for i, block in enumerate(model.blocks):
+        q, v = block.attn.q_bias, block.attn.v_bias
+        raw[f'blocks.{i}.attn.qkv.bias'] = torch.cat([q, torch.zeros_like(q), v]).detach()
+    torch.save(raw, path)
+
+
 def save_as_jax(model, path):
     dim, heads = model.embed_dim, model.blocks[0].attn.num_heads
     raw = {
@@ -85,6 +96,9 @@ FORMS: dict[str, Any] = {
     'vit_large_patch16_radio_v3': save_as_radio,
     'vit_tiny_patch16_224': save_as_jax,
     'vit_tiny_r_s16_p8_224': save_as_timm_does,
+    'eva02_base_patch16_clip_224': save_as_timm_does,
+    'vit_small_patch16_rope_mixed_ape_224': save_as_timm_does,
+    'vit_small_patch16_dinov3_qkvb': save_as_dinov3,
 }
 
 

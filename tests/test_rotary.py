@@ -1,6 +1,8 @@
 """SuperViTs on timm's ``Eva``, whose positions are rotary: EVA-02, DINOv3, Perception Encoder and their kin."""
 import copy
+import json
 import re
+import socket
 from collections import defaultdict
 from typing import Any
 
@@ -8,6 +10,8 @@ import pytest
 import reference_rotary
 import timm
 import torch
+from huggingface_hub import ModelCard
+from timm.models import save_for_hf
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.eva import Eva
 from torch import nn
@@ -15,7 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_supervit import Cascade, Subnet
+from timm_supervit.programs.program import load_program
 from timm_supervit.subnets import size_2d
+from timm_supervit.tools.convert import convert
 
 NAMES = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__ == 'timm.models.eva']
 THREE = ['eva02_tiny_patch14_224', 'vit_small_patch16_rope_mixed_ape_224', 'vit_small_patch16_dinov3_qkvb']
@@ -324,3 +330,56 @@ def test_a_part_of_the_attention_that_is_not_known_is_refused(monkeypatch):
     settings, sizes = small('eva02_tiny_patch14_224')
     with pytest.raises(NotImplementedError, match='temperature'):
         supervit('eva02_tiny_patch14_224', img_sizes=sizes, drop_layers=(0, 1), **settings)
+
+
+@pytest.mark.parametrize('format, name, settings', [
+    ('onnx', THREE[2], {}), ('pt2', THREE[2], {}), ('onnx', THREE[1], {}), ('pt2', THREE[0], {}),
+    pytest.param('pt2', THREE[1], {}, marks=pytest.mark.slow),
+    pytest.param('onnx', THREE[0], {}, marks=pytest.mark.slow),
+    pytest.param('onnx', THREE[2], dict(quantize='int8'), marks=pytest.mark.slow),
+    pytest.param('onnx', 'vit_pe_core_base_patch16_224', {}, marks=pytest.mark.slow),
+])
+def test_one_exported_file_runs_every_subnet(format, name, settings, exported, model_to_export):
+    of = dict(name='supervit', backbone=name, patch_size=4)
+    model, program = model_to_export(**of), load_program(exported(format, **settings, **of))
+    tolerance = dict(atol=0.2, rtol=0) if settings else dict(atol=1e-5, rtol=0)
+    for batch_size in (1, 3):
+        images = torch.randn(batch_size, 3, 24, 20)
+        for size in model.img_sizes:
+            for rate in (1.0,) if settings else (0.3, 0.77, 1.0):  # int8 may keep other patches
+                with torch.no_grad():
+                    expected = model(images, img_size=size, keep_rate=rate)
+                torch.testing.assert_close(program(images, size, rate), expected, **tolerance)
+
+
+@pytest.mark.parametrize('name', THREE)
+def test_a_saved_model_comes_back_from_its_folder_alone(name, tmp_path, monkeypatch):
+    model, _ = small_pair(name)
+    save_for_hf(model, str(tmp_path))
+    monkeypatch.setattr(socket.socket, 'connect', lambda *_: pytest.fail('this went to the network'))
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    images = torch.randn(2, 3, 80, 80)
+    with torch.no_grad():
+        for subnet in model.subnets:
+            assert torch.equal(again(images, **subnet._asdict()), model(images, **subnet._asdict()))
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_sizes=model.img_sizes[1:]).eval()
+    with torch.no_grad():
+        assert torch.equal(other(images, keep_rate=0.6), model(images, keep_rate=0.6))
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('vit_small_patch16_dinov3.lvd1689m', dict(license='other', license_name='dinov3-license')),
+    ('vit_base_patch16_sapiens2.fb', dict(license='other', license_name='sapiens2-license')),
+    ('eva02_tiny_patch14_224.mim_in22k', dict(license='mit')),
+])
+def test_folder_and_card_carry_the_licence_of_the_backbone(name, expected, tmp_path):
+    settings, sizes = small(name)
+    model = supervit(name, img_sizes=sizes, drop_layers=(0, 1), **settings)
+    folder = convert(model, tmp_path / 'own')
+    card = ModelCard.load(folder / 'README.md').data.to_dict()
+    assert {key: card[key] for key in expected} == expected
+    assert ('license_link' in card) == ('license_name' in expected)
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['pretrained_cfg']['license'] == expected.get('license_name', expected['license'])
+    given = convert(model, tmp_path / 'given', license='cc-by-nc-4.0')
+    assert ModelCard.load(given / 'README.md').data.license == 'cc-by-nc-4.0'

@@ -17,6 +17,11 @@ from ..results.rows import Results, column_of, difference, load_results, subnet_
 from ..results.text import markdown
 from ..subnets import Subnet, format_size
 
+_LICENSE_LINKS = {  # of those that the Hub has no name for
+    'dinov3-license': 'https://ai.meta.com/resources/models-and-libraries/dinov3-license/',
+    'sapiens2-license': 'https://github.com/facebookresearch/sapiens2/blob/main/LICENSE.md',
+}
+
 
 def convert(
         model: SuperViT,
@@ -32,7 +37,8 @@ def convert(
         model: The model, from ``load_supervit`` with a checkpoint.
         output: The folder.
         results: JSON file of its operating points, for the model card.
-        license: Licence of the weights, as the Hub names it, such as ``cc-by-nc-4.0`` (default: none is named).
+        license: Licence of the weights, as the Hub names it, such as ``cc-by-nc-4.0`` (default: that of the backbone
+            whose name the model has, or none).
         overwrite: Replace files of these names; others in the folder stay.
 
     Returns:
@@ -57,6 +63,8 @@ def convert(
             if found := difference(table, Results('', [], network=fingerprint(model))):
                 raise ValueError(f'these results are of another network than {source_of(model).path or "this model"}: '
                                  f'{found}; evaluate the checkpoint itself')
+        if license is None and model.backbone_name:
+            license = model.pretrained_cfg.get('license')
         card = model_card(model, f'local-dir:{output.resolve().name}', table, license)
         try:
             # The tag and licence of the variant are those of its default weights, which are not these.
@@ -89,8 +97,11 @@ def model_card(
         ValueError: If the results are those of another model or of an interrupted run.
     """
     config: Any = model.pretrained_cfg
+    terms: dict[str, Any] = dict(license=license)
+    if license in _LICENSE_LINKS:
+        terms = dict(license='other', license_name=license, license_link=_LICENSE_LINKS[license])
     data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', license=license,
+        library_name='timm', pipeline_tag='image-classification', **terms,
         tags=['image-classification', 'timm', 'timm-supervit', 'vision-transformer', 'arxiv:2205.11397'])
     subnets = model.subnets
     example = subnets[len(subnets) // 2]
