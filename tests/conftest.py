@@ -1,6 +1,5 @@
-"""What the tests share: a small network, its inputs, its exported files, and the official implementation's numbers."""
+"""What the tests share: a small network, its inputs and its exported files."""
 import hashlib
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -11,9 +10,6 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
-from safetensors import safe_open
-
-GOLDEN = Path(__file__).parents[2] / 'shared' / 'golden'
 
 # Four blocks of which two drop, three sizes of 2 x 2 to 4 x 4 patches: each rate keeps another number of tokens.
 SMALL = dict(
@@ -110,18 +106,3 @@ def exported(model_to_export: Callable[..., Any], tmp_path_factory: pytest.TempP
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def load_golden() -> Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]:
-    """Read the tensors and the metadata of one file of reference numbers; skip the test where it is absent."""
-
-    def load(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        path = GOLDEN / f'{name}.safetensors'
-        if not path.exists():
-            pytest.skip(f'the numbers of the official implementation are not at {path}')
-        with safe_open(path, 'pt') as file:
-            metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118, not a dict
-
-    return load

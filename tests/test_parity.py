@@ -1,16 +1,9 @@
-"""SuperViT computes what the official implementation computes, and what a straightforward reference computes."""
+"""SuperViT computes what a straightforward reference computes, on grids that the official numbers do not have."""
 from typing import Any
 
 import pytest
 import torch
-from parity import (
-    LOGITS,
-    assert_gradients,
-    assert_official_gradients,
-    assert_official_logits,
-    create_official,
-    list_grid,
-)
+from parity import LOGITS, assert_gradients, list_grid
 from reference import ReferenceSuperViT, training_step
 from timm.loss import SoftTargetCrossEntropy
 
@@ -56,30 +49,6 @@ def run_task(model: Any, images: torch.Tensor, target: torch.Tensor, subnets: li
     result = task(images, target)
     result['loss'].backward()
     return [subnet_loss.loss.double() for subnet_loss in result['subnet_losses']]
-
-
-@pytest.fixture
-def golden(load_golden: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
-    """A model with the official weights, the official numbers, and their settings."""
-    tensors, settings = load_golden('deit')
-    return create_official('supervit_tiny', tensors, settings), tensors, settings
-
-
-@pytest.mark.parametrize('share_prefix', [True, False])
-@pytest.mark.parametrize('dtype', LOGITS)
-def test_every_subnet_gives_the_official_logits(golden: Any, dtype: torch.dtype, share_prefix: bool) -> None:
-    model, tensors, _ = golden
-    model.share_prefix = share_prefix
-    assert_official_logits(model, tensors, dtype)
-
-
-@pytest.mark.parametrize('share_prefix', [True, False])
-def test_a_training_step_gives_the_official_losses_and_gradients(golden: Any, share_prefix: bool) -> None:
-    model, tensors, settings = golden
-    model.double().share_prefix = share_prefix
-    losses = run_task(model, tensors['input'].double(), tensors['target'].double(), settings['train_subnets'])
-    torch.testing.assert_close(torch.stack(losses), tensors['losses'], atol=1e-10, rtol=0)
-    assert_official_gradients(model, tensors)
 
 
 @pytest.mark.parametrize('share_prefix', [True, False])

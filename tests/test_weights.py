@@ -194,16 +194,6 @@ def test_it_reads_official_checkpoints_as_they_are(create: Any, tmp_path: Path, 
         assert_same_weights(load_by(route, create, checkpoint, tmp_path), raw)
 
 
-def test_it_reads_the_official_numbers_weights_from_a_file(load_golden: Any, tmp_path: Path) -> None:
-    tensors, _ = load_golden('deit')
-    weights = {name.removeprefix('state_dict.'): t for name, t in tensors.items() if name.startswith('state_dict.')}
-    torch.save({'model': weights, 'args': argparse.Namespace()}, tmp_path / 'official.pth')
-    model = timm.create_model(
-        'supervit_tiny', embed_dim=48, num_heads=3, num_classes=10, checkpoint_path=str(tmp_path / 'official.pth'))
-    output = model.eval()(tensors['input'], img_size=160, keep_rate=0.5)
-    torch.testing.assert_close(output.double(), tensors['logits.160.0.5'], atol=5e-5, rtol=0)
-
-
 @pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', '_orig_mod.module.'])
 def test_it_reads_weights_of_a_wrapped_model(create: Any, tmp_path: Path, prefix: str) -> None:
     weights = create().state_dict()
