@@ -267,3 +267,12 @@ def test_of_several_threads_too(tmp_path, monkeypatch):
         for thread in threads:
             thread.join()
         assert contents(folder) in [dict.fromkeys(NAMES, str(writer)) for writer in range(4)]
+
+
+@pytest.mark.parametrize('place', ['out2', 'out/inner', 'out'])
+def test_errors_are_of_the_folder_that_they_are_in(tmp_path, place):
+    (tmp_path / 'out2').mkdir()
+    (tmp_path / 'out').mkdir()
+    with pytest.raises(FileNotFoundError) as caught, fill_folder(tmp_path / 'out'):
+        (tmp_path / place / 'missing').read_text()  # of 'out2' or another folder beside it, something that was read
+    assert ('was not written to' in str(caught.value)) == (place != 'out2')

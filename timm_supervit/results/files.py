@@ -40,8 +40,8 @@ def fill_folder(folder: str | os.PathLike) -> Iterator[Path]:
             yield temporary / 'new'
             _put_in_place(temporary, folder)
     except OSError as error:
-        path = os.path.abspath(str(error.filename or folder))
-        if error.errno is None or not path.startswith(os.path.abspath(folder)):
+        path = Path(os.path.abspath(str(error.filename or folder)))
+        if error.errno is None or not path.is_relative_to(os.path.abspath(folder)):
             raise  # of something that was read
         name = f' ({error.filename})' if error.filename else ''
         raise OSError(error.errno, f'{error.strerror}{name}: {folder} was not written to and is as it was') from error
