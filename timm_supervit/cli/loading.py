@@ -53,14 +53,17 @@ def load(
         takes_files: Whether it may be an exported file.
         **kwargs: Further arguments of ``load_supervit``.
     """
-    from ..loading.load import load_model, load_supervit
-    from ..programs.program import Program, is_program
+    from ..loading.load import check_complete, load_model, load_supervit
+    from ..programs.program import Program
     from ..results.fingerprint import source_of
 
     read = load_model if takes_files else load_supervit
     settings = parse_settings(num_classes, model_kwargs)
-    if takes_files and model and is_program(model) and (checkpoint or use_ema or settings):
-        raise click.UsageError(f'{model} is complete; leave out --checkpoint, --use-ema, --num-classes and settings.')
+    if takes_files:
+        try:
+            check_complete(model, checkpoint, use_ema=use_ema, settings=settings)
+        except ValueError as error:
+            raise click.UsageError(f'{error}.') from error
     loaded = read(model, checkpoint, use_ema=use_ema, settings=settings, **kwargs)
     source = source_of(loaded)
     if isinstance(loaded, Program):

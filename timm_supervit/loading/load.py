@@ -58,8 +58,7 @@ def load_model(
     """
     if not (model and is_program(model)):
         return load_supervit(model, checkpoint, device=device, class_names=class_names, **kwargs)
-    if checkpoint or kwargs.get('use_ema') or kwargs.get('settings'):
-        raise ValueError(f'{model} is complete; leave out --checkpoint, --use-ema, --num-classes and settings')
+    check_complete(model, checkpoint, **kwargs)
     program = load_program(model, device)
     if class_names is not None:
         program.class_names = read_class_names(class_names, program.num_classes)
@@ -184,6 +183,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         kind = _WORDS.get(type(parameters[name].default))
         if kind and isinstance(value, str):
             raise ValueError(f'{name}={value} should be {kind}')
+
+
+def check_complete(
+        model: str | None,
+        checkpoint: str | os.PathLike | None = None,
+        *,
+        use_ema: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        **others: Any,
+) -> None:
+    """Refuse weights and settings beside an exported file; the arguments are those of ``load_model``."""
+    if model and is_program(model) and (checkpoint or use_ema or settings):
+        raise ValueError(f'{model} is complete; leave out --checkpoint, --use-ema, --num-classes and settings')
 
 
 def check_no_model_folder(path: str) -> None:
