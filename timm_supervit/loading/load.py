@@ -270,21 +270,15 @@ def _name_classes(
         args: Mapping[str, Any] | None = None,
 ) -> str:
     """Tell a model the names of its classes; return why they are not known, if that is so."""
-    names = reason = None
-    if args is not None:
+    if source is not None:  # without a look at the folders that the checkpoint remembers, which may be far away
+        names = read_class_names(source, model.num_classes)
+    elif args is not None:
         try:
             names = trained_class_names(args, model.num_classes)
         except (OSError, ValueError) as error:
-            reason = str(error)
-    if source is not None:
-        given_names = read_class_names(source, model.num_classes)
-        if names is not None and given_names != names:
-            raise ValueError(
-                f'the class names in {os.fspath(source)} contradict the checkpoint, which was trained on '
-                f'{", ".join(names[:3])}, ...; leave --class-names out')
-        names = given_names
-    if names is not None:
-        model.pretrained_cfg.pop('label_descriptions', None)
-        model.pretrained_cfg['label_names'] = names
-        reason = None
-    return reason or ''
+            return str(error)
+    else:
+        return ''
+    model.pretrained_cfg.pop('label_descriptions', None)
+    model.pretrained_cfg['label_names'] = names
+    return ''
