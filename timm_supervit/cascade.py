@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .results.files import check_regular
 from .results.fingerprint import Source, differing, fingerprint, source_of
 from .runner import SubnetRunner
 from .subnets import Size, Subnet, check_subnet, plain_numbers
@@ -111,6 +112,7 @@ class Cascade(nn.Module):
             FileNotFoundError: If there is no such file.
             ValueError: If it holds no cascade, or one of another network; the message says what differs.
         """
+        check_regular(path)
         here = fingerprint(model)
         try:
             content = json.loads(Path(path).read_text(encoding='utf-8'))

@@ -52,5 +52,8 @@ def report(
         echo(line)
     for line in notes:
         echo(line, err=True)
+    if passed_over := results.info.get('passed_over'):
+        echo(f'{passed_over} images, or folders that cannot be read, were passed over, as by timm\'s scripts: their '
+             f'endings are none of timm\'s.', err=True)
     if results.partial and done:
         click.get_current_context().exit(INTERRUPTED)

@@ -2,14 +2,19 @@
 import contextlib
 import os
 import statistics
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.data.dataset import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset, Subset
+from torchvision.datasets import DatasetFolder
 
+from ..results.files import check_regular
 from ..runner import SubnetRunner
+from .folders import find_unlisted
 
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 
@@ -50,6 +55,8 @@ class ReadableImages(Dataset):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its class, or raise what keeps it from being read."""
+        if path := self.path(index):
+            check_regular(path)
         dataset, index = self._locate(index)
         if not isinstance(dataset, ImageDataset):
             image, target = dataset[index]
@@ -61,8 +68,14 @@ class ReadableImages(Dataset):
     def name(self, index: int) -> str:
         """Return the name of an image: its file where it has one."""
         dataset, own_index = self._locate(index)
-        name = dataset.filename(own_index, absolute=True) if isinstance(dataset, ImageDataset) else None
+        name = dataset.filename(own_index, absolute=True) if isinstance(dataset, ImageDataset) else self.path(index)
         return name or f'image {index}'
+
+    def path(self, index: int) -> str | None:
+        """Return the file that an image is, or None for one that is in an archive, in memory or elsewhere."""
+        dataset, index = self._locate(index)
+        source = dataset.reader if isinstance(dataset, ImageDataset) else dataset
+        return source.samples[index][0] if isinstance(source, ReaderImageFolder | DatasetFolder) else None
 
     def _locate(self, index: int) -> tuple[Any, int]:
         """Return the data set that reads an image itself, and its index there."""
@@ -80,17 +93,20 @@ class Images(NamedTuple):
         data_dir: Its folder.
         name: Its kind and name, as in timm's scripts.
         split: Its split.
+        passed_over: Files and folders in the folder that are not read.
     """
 
     dataset: Any
     data_dir: str | None = None
     name: str = ''
     split: str = ''
+    passed_over: Sequence[str] = ()
 
     @property
     def info(self) -> dict[str, Any]:
         """Which images they are, for results."""
-        return {'data_dir': self.data_dir, 'dataset': self.name, 'split': self.split}
+        return {'data_dir': self.data_dir, 'dataset': self.name, 'split': self.split,
+                'passed_over': len(self.passed_over)}
 
 
 def open_images(images: Any) -> Images:
@@ -124,7 +140,9 @@ def open_dataset(data_dir: str | None, dataset: str = '', split: str = 'validati
         if inside and inside <= _SPLITS:
             raise ValueError(
                 f'{data_dir!r} has no split {split!r}, but {", ".join(sorted(inside))}; choose one with --split')
-    return Images(opened, data_dir, dataset, split)
+    reader = getattr(opened, 'reader', None)
+    passed_over = find_unlisted(reader.root, reader.samples) if isinstance(reader, ReaderImageFolder) else ()
+    return Images(opened, data_dir, dataset, split, passed_over=passed_over)
 
 
 def count_common(one: Any, other: Any) -> int:

@@ -21,6 +21,7 @@ from ..models.eva import SuperEva
 from ..models.lvvit import SuperLVViT
 from ..models.supervit import SuperViT
 from ..programs.program import Program, is_program, load_program
+from ..results.files import check_regular
 from ..results.fingerprint import Source, fingerprint
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .class_names import read_class_names, trained_class_names
@@ -222,6 +223,10 @@ def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, s
         raise ValueError(
             f'Unknown model{source}: there is no file {model} and no model of that name; '
             f'{f"did you mean {near[0]}?" if near else remedy}')
+    if model.startswith('local-dir:'):
+        for path in Path(model.partition(':')[2]).glob('*.*'):
+            if path.exists():
+                check_regular(path)  # timm reads what has the name of a file
     shown = ' '.join(f'{key}={value}' for key, value in settings.items())
     try:
         created = timm.create_model(model, pretrained=pretrained, **settings)

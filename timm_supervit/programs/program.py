@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..results.files import check_regular
 from ..results.fingerprint import Source
 from ..subnets import Size, Subnet, check_img_size, format_size, size_2d
 
@@ -223,16 +224,23 @@ def open_session(path: str | os.PathLike, device: torch.device | str = 'cpu') ->
             f'if it is of a newer opset or onnxruntime, update this one, else export it again') from error
 
 
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open('rb') as file:
+        if hasattr(hashlib, 'file_digest'):
+            return hashlib.file_digest(file, 'sha256').hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def _check_sum(path: Path) -> None:
     try:
+        check_regular(manifest_path(path))
         expected = json.loads(manifest_path(path).read_text(encoding='utf-8'))['sha256']
     except FileNotFoundError:
         return
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{manifest_path(path)} is damaged ({error}); export the file again') from error
-    with path.open('rb') as file:
-        actual = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else \
-            hashlib.sha256(file.read()).hexdigest()
+    actual = checksum(path)
     if actual != expected:
         raise ValueError(f'{path} is damaged: its SHA-256 is {actual}, and {expected} in {manifest_path(path).name}; '
                          f'fetch or export it again')

@@ -3,15 +3,18 @@
 What is written goes to a hidden folder beside its place first. Its process keeps that folder locked, by which the next
 one there can tell the folders of killed processes and clear them up. While files are put in their places, the folder
 around is locked as well. Where the file system has no locks, all is done without them, and what was killed stays.
+
+Neither here nor where files are read is anything opened that is no file.
 """
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 TEMPORARY = '.timm-supervit-'  # how the names of the hidden folders begin, and of the files that lock folders
 
@@ -51,6 +54,41 @@ def fill_folder(folder: str | os.PathLike) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def check_regular(path: str | os.PathLike) -> None:
+    """Refuse to read or replace a FIFO or a socket, which would be waited for, or a device, which may have no end.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        OSError: If it is neither a file nor a folder.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = 'a FIFO' if stat.S_ISFIFO(mode) else 'a socket' if stat.S_ISSOCK(mode) else 'a device'
+        raise OSError(f'{os.fspath(path)} is {kind} and no file; give or put a file there')
+
+
+def lock_file(path: Path) -> FileLock:
+    """Lock a file that is written to for long, until ``unlock_file``, where the file system can.
+
+    Raises:
+        OSError: If another process has locked it, or another thread.
+    """
+    lock = _file_lock(path.parent, path.name)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise OSError(f'{path} is being written to by another process; wait for its end or give another') from error
+    except OSError:
+        pass  # no locks here
+    return lock
+
+
+def unlock_file(lock: FileLock) -> None:
+    """Unlock a file of ``lock_file``; in a forked process, which has no part in the lock, nothing is done."""
+    if lock.is_locked:
+        _remove_lock(lock)
+
+
 def check_output_folder(folder: str | os.PathLike) -> None:
     """Make a folder if missing and see whether files can be written to it, before any work is done for it."""
     try:
@@ -76,6 +114,8 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
             copy = backup / ('replaced' if is_there else 'added') / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             if is_there:
+                if not (folder / name).is_symlink():
+                    check_regular(folder / name)
                 shutil.copy2(folder / name, copy, follow_symlinks=False)
             else:
                 copy.touch()
@@ -122,15 +162,23 @@ def _alone(folder: Path) -> Iterator[None]:
                     _clear_up(temporary, folder)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)  # while it is locked, or two could hold it; on Windows, the release does it
-        lock.release()
+        _remove_lock(lock)
 
 
 def _lock(folder: Path, wait: bool = True) -> FileLock:
     """Lock a folder, if the file system can and, without waiting, if nobody else does."""
-    # Other users may have to lock the file too; and a soft lock would stay for ever if its process is killed.
-    lock = FileLock(folder / f'{TEMPORARY}lock', mode=0o666, fallback_to_soft=False)
+    lock = _file_lock(folder)
     with contextlib.suppress(OSError):
         lock.acquire(blocking=wait)
     return lock
+
+
+def _file_lock(folder: Path, name: str = '') -> FileLock:
+    # Other users may have to lock the file too; and a soft lock would stay for ever if its process is killed.
+    return FileLock(folder / f'{TEMPORARY}{name}lock', mode=0o666, fallback_to_soft=False)
+
+
+def _remove_lock(lock: FileLock) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(lock.lock_file)  # while it is locked, or two could hold it; on Windows, the release does it
+    lock.release()

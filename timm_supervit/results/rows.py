@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..subnets import Subnet, check_img_size, check_keep_rate, format_size
-from .files import fill_folder
+from .files import check_regular, fill_folder
 from .fingerprint import differing, fingerprint, source_of
 from .text import spreadsheet, visible
 
@@ -235,6 +235,7 @@ def load_results(path: str | os.PathLike) -> Results:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds something else.
     """
+    check_regular(path)
     try:
         return _check(json.loads(Path(path).read_text(encoding='utf-8')))
     except (ValueError, RecursionError) as error:

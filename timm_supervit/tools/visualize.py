@@ -16,6 +16,7 @@ from ..images.datasets import preprocessing
 from ..images.passes import check_finite
 from ..loading.class_names import shown_class_names
 from ..models.supervit import SuperViT, resize_images
+from ..results.files import check_regular
 from ..results.pictures import plain_text
 from ..results.rows import Results, column_of, results_of
 from ..subnets import Size, Subnet, format_size
@@ -91,6 +92,7 @@ def read_image(path: str | os.PathLike, model: SuperViT) -> Tensor:
     """Read an image file and prepare it as for the model's evaluation, [C, H, W]."""
     transform: Any = create_transform(**preprocessing(model))
     try:
+        check_regular(path)
         with Image.open(path) as image:
             return transform(image.convert('L' if model.in_chans == 1 else 'RGB'))
     except Exception as error:  # Pillow raises more: SyntaxError, struct.error, DecompressionBombError, ...

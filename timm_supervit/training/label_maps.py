@@ -108,6 +108,8 @@ class LabelMapDataset(Dataset):
 
     def _read_map(self, path: Path) -> Tensor:
         """Read a label map as scores [num_classes, H, H], 0 for the classes that are not in it."""
+        if path.exists() and not path.is_file():
+            raise ValueError(f'{path} is no file but a FIFO, a device or the like, and no label map; fetch it again')
         try:
             label_map = torch.load(path, map_location='cpu', weights_only=True)
         except FileNotFoundError:
