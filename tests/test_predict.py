@@ -1,5 +1,9 @@
 """Predictions: what the model says, for each image once, whatever stops the run."""
+import copy
+import errno
+import fcntl
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -180,6 +184,51 @@ def test_an_unreadable_image_is_named_and_the_rest_done(source: str, folder: Pat
         assert len(read_lines(tmp_path / 'out.jsonl')) == 12
 
 
+def test_an_image_that_was_mended_is_tried_again_and_its_line_replaced(
+        source: str, folder: Path, tmp_path: Path) -> None:
+    names = [f'{i:02d}.png' for i in range(8)]
+    for name in names:
+        (tmp_path / name).write_bytes((folder / '00.PNG').read_bytes())
+    expected = tmp_path / 'expected.jsonl'
+    path = tmp_path / 'out' / 'out.jsonl'
+    arguments = ['predict', source, tmp_path, '-b', 2, '--json']
+    assert supervit(*arguments, '--output', expected).exit_code == 0
+    for name in (names[1], names[2], names[4], names[7]):
+        (tmp_path / name).write_bytes(b'broken')
+    assert supervit(*arguments, '--output', path).exit_code == 1
+    before = path.read_bytes()
+    result = supervit(*arguments, '--output', path)  # nothing is mended, so all are named again
+    assert result.exit_code == 1 and path.read_bytes() == before
+    assert [json.loads(line)['image'][-6:] for line in result.stdout.splitlines()] == [names[i] for i in (1, 2, 4, 7)]
+    assert result.stderr.count('cannot be read: ') == 4 and '4 images could not be read' in result.stderr
+    for name in (names[2], names[7]):
+        (tmp_path / name).write_bytes((folder / '00.PNG').read_bytes())
+    result = supervit(*arguments, '--output', path)
+    assert result.exit_code == 1 and '2 images could not be read' in result.stderr
+    assert [row['index'] for row in read_lines(path) if 'error' in row] == [1, 4]
+    for name in (names[1], names[4]):
+        (tmp_path / name).write_bytes((folder / '00.PNG').read_bytes())
+    assert supervit(*arguments, '--output', path).exit_code == 0
+    assert path.read_bytes() == expected.read_bytes()
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_images_of_a_share_that_was_unmounted_are_tried_again(model: Any, folder: Path, tmp_path: Path) -> None:
+    link, path = tmp_path / 'link', tmp_path / 'out.jsonl'
+    link.symlink_to(folder)
+    images = find_images([link])
+
+    def run(count: int = 100) -> list[Any]:
+        return list(itertools.islice(predict(model, images, output=path, share=Share(1, 2), batch_size=2), count))
+
+    assert len(run(2)) == 2
+    link.unlink()
+    assert ['error' in row for row in run()] == [True] * 3
+    link.symlink_to(folder)
+    assert [('error' in row, row['index']) for row in run()] == [(False, 5), (False, 7), (False, 9)]
+    assert [row['index'] for row in read_lines(tmp_path / 'out-1-of-2.jsonl')] == [1, 3, 5, 7, 9]
+
+
 def test_a_run_goes_on_where_it_was_and_drops_what_is_torn(source: str, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / 'out' / 'predictions.jsonl'
     arguments = ['predict', source, folder, '--output', path, '-b', 3]
@@ -215,6 +264,179 @@ def test_a_killed_run_goes_on(source: str, folder: Path, tmp_path: Path) -> None
     assert supervit(*arguments).exit_code == 0
     assert path.read_bytes().startswith(before[:before.rindex(b'\n') + 1])
     assert [row['image'] for row in read_lines(path)] == [str(many / f'{i:03d}.png') for i in range(240)]
+
+
+class Pairs:
+    """A data set without names of files."""
+
+    def __init__(self, *colors: Any) -> None:
+        self.colors = colors
+
+    def __len__(self) -> int:
+        return len(self.colors)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new('RGB', (24, 24), self.colors[index]), 0
+
+
+@pytest.mark.parametrize('change', [
+    'nothing', 'workers', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'names', 'precision', 'images',
+    'number', 'data_dir', 'name', 'split', 'size'])
+def test_all_that_a_line_depends_on_is_of_the_run(model: Any, tmp_path: Path, change: str) -> None:
+    path = tmp_path / 'out.jsonl'
+    images = Images(Pairs('red', 'green', 'blue'), str(tmp_path), 'kind/name', 'test')
+    model = copy.deepcopy(model)
+    assert len(list(predict(model, images, output=path))) == 3
+    before = path.read_bytes()
+    model.pretrained_cfg |= {
+        'mean': {'mean': (0.1, 0.1, 0.1)}, 'std': {'std': (0.1, 0.1, 0.1)}, 'crop_pct': {'crop_pct': 0.5},
+        'interpolation': {'interpolation': 'nearest'}, 'crop_mode': {'crop_mode': 'squash'},
+        'names': {'label_names': ['a', 'b', 'c']}, 'size': {'test_input_size': (3, 32, 32)}}.get(change, {})
+    others: dict[str, dict[str, Any]] = {
+        'images': {'dataset': Pairs('red', 'green', 'black')}, 'number': {'dataset': Pairs('red', 'green', 'r', 'blue')},
+        'data_dir': {'data_dir': '/other'}, 'name': {'name': 'kind/other'}, 'split': {'split': 'train'}}
+    images = images._replace(**others.get(change, {}))
+    settings: dict[str, Any] = {
+        'precision': {'precision': 'bfloat16'}, 'workers': {'workers': 1, 'batch_size': 1}}.get(change, {})
+    if change in ('nothing', 'workers'):
+        assert list(predict(model, images, output=path, **settings)) == []
+    else:
+        with pytest.raises(ValueError, match='holds other predictions from line 1 on'):
+            predict(model, images, output=path, **settings)
+    assert path.read_bytes() == before
+
+
+def test_the_same_names_in_another_folder_are_other_images(
+        model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / 'out.jsonl'
+    for name in ('one', 'two'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'x.png').write_bytes((folder / '00.PNG').read_bytes())
+        monkeypatch.chdir(tmp_path / name)
+        if name == 'one':
+            assert len(list(predict(model, ['x.png'], output=path))) == 1
+        else:
+            with pytest.raises(ValueError, match='holds other predictions'):
+                predict(model, ['x.png'], output=path)
+
+
+def test_another_file_of_the_same_network_is_another_run(
+        exported: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
+    """Two calibrations differ in numbers alone, as any two weights of an ONNX file may."""
+    import onnx
+    from onnx import numpy_helper
+
+    path = exported(subnet=(16, 1.0))
+    proto = onnx.load(path)
+    weights = next(tensor for tensor in proto.graph.initializer if tensor.data_type == 1 and len(tensor.dims) > 1)
+    weights.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weights) * 1.5, weights.name))
+    onnx.save(proto, tmp_path / 'other.onnx')
+    output = tmp_path / 'out.jsonl'
+    assert supervit('predict', path, folder, '--output', output).exit_code == 0
+    result = supervit('predict', tmp_path / 'other.onnx', folder, '--output', output)
+    assert result.exit_code == 1 and 'holds other predictions' in result.stderr
+    assert supervit('predict', path, folder, '--output', output, '-b', 1).exit_code == 0
+
+
+def test_an_int8_file_of_ranges_found_in_each_batch_goes_on_with_whole_batches(
+        exported: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
+    program = load_program(exported(subnet=(16, 1.0), quantize='int8'))
+    path, whole = tmp_path / 'out', tmp_path / 'whole'
+    images = find_images([folder])
+    expected = list(predict(program, images, output=whole, batch_size=4))
+    lines = whole.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b''.join(lines[:6]))
+    with pytest.raises(ValueError, match='holds other predictions'):
+        predict(program, images, output=path, batch_size=3)
+    assert list(predict(program, images, output=path, batch_size=4)) == expected[4:]
+    assert path.read_bytes() == whole.read_bytes()
+    broken = json.dumps({'index': 5, 'image': expected[5]['image'], 'error': '', 'run': json.loads(lines[0])['run']})
+    path.write_bytes(b''.join([*lines[:5], broken.encode() + b'\n', *lines[6:]]))
+    assert list(predict(program, images, output=path, batch_size=4)) == expected[4:8]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def write_slowly(rank: int, source: str, folder: str, path: str, place: str) -> None:
+    result = supervit('predict', source, folder, '--output', path, '-b', 1)
+    Path(place, str(rank)).write_text(f'{result.exit_code} {result.stderr}')
+
+
+def test_of_two_processes_on_one_file_the_second_is_refused(source: str, folder: Path, tmp_path: Path) -> None:
+    many, path = tmp_path / 'many', tmp_path / 'out' / 'out.jsonl'
+    many.mkdir()
+    for i in range(100):
+        (many / f'{i:03d}.png').symlink_to(folder / f'{i % 5 * 2:02d}.PNG')
+    fork = multiprocessing.get_context('fork')
+    for _ in range(3):
+        processes = [fork.Process(
+            target=write_slowly, args=(rank, source, str(many), str(path), str(tmp_path))) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        said = sorted((tmp_path / str(rank)).read_text() for rank in range(2))
+        assert said[0].startswith('0 '), said
+        # Where one is done before the other begins, that finds all images there.
+        assert (said[1].startswith('1 ') and 'written to by another process' in said[1]) or '100 images' in said[1]
+        assert [row['index'] for row in read_lines(path)] == list(range(100))
+        assert os.listdir(path.parent) == [path.name]
+        path.unlink()
+
+
+def test_a_file_is_locked_as_long_as_it_is_written_to(model: Any, folder: Path, tmp_path: Path) -> None:
+    path, link = tmp_path / 'out.jsonl', tmp_path / 'link.jsonl'
+    link.symlink_to(path)
+    first = predict(model, folder, output=path, batch_size=1)
+    for name in (path, link):
+        with pytest.raises(OSError, match='is being written to by another process'):
+            predict(model, folder, output=name)
+    rows = iter(first)
+    next(rows)
+    with pytest.raises(OSError, match='is being written to by another process'):
+        predict(model, folder, output=path)
+    rows.close()  # type: ignore[attr-defined]
+    assert len(list(predict(model, folder, output=link))) == 10
+    del first
+    assert sorted(os.listdir(tmp_path)) == ['link.jsonl', 'out.jsonl']
+    predict(model, folder, output=path)  # never iterated over
+    assert sorted(os.listdir(tmp_path)) == ['link.jsonl', 'out.jsonl']
+
+
+@pytest.mark.parametrize('code', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_the_file_system_has_no_locks_predictions_are_written(
+        model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    for count in (11, 0):
+        assert len(list(predict(model, folder, output=tmp_path / 'out.jsonl'))) == count
+
+
+@pytest.mark.parametrize('rank, size', [(1, 1), (-1, 2), (2, 2), (0, 0), (0, -1), ('0', 1), (0, 1.5), (False, 1)])
+def test_a_share_is_one_of_those_there_are(rank: Any, size: Any) -> None:
+    with pytest.raises(ValueError, match='the rank from 0 and below the size'):
+        Share(rank, size)
+
+
+@pytest.mark.parametrize('command', ['predict', 'evaluate'])
+@pytest.mark.parametrize('env', [
+    dict(RANK=1), dict(RANK=2, WORLD_SIZE=2), dict(RANK=-1, WORLD_SIZE=2), dict(WORLD_SIZE=0), dict(WORLD_SIZE=2),
+    dict(RANK='x', WORLD_SIZE=2), dict(RANK=0, WORLD_SIZE='x'), dict(RANK=0, WORLD_SIZE=0), dict(RANK='', WORLD_SIZE=2),
+])
+def test_an_environment_of_no_process_is_refused(
+        source: str, folder: Path, tmp_path: Path, command: str, env: dict[str, Any]) -> None:
+    images = [folder, '--output', tmp_path / 'x.jsonl'] if command == 'predict' else ['--data-dir', folder]
+    result = supervit(command, source, *images, **env)
+    assert result.exit_code == 1 and result.stdout == ''
+    assert all(f'{key}={value}' in result.stderr.splitlines()[-1] for key, value in env.items())
+    assert 'start processes with torchrun' in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('env', [dict(RANK=0), dict(WORLD_SIZE=1), dict(RANK=0, WORLD_SIZE=1)])
+def test_one_process_of_one_does_all(source: str, folder: Path, env: dict[str, Any]) -> None:
+    assert len(supervit('predict', source, folder, '--json', **env).stdout.splitlines()) == 11
 
 
 @pytest.mark.parametrize('change', ['subnet', 'top', 'images', 'weights', 'foreign'])

@@ -1,6 +1,7 @@
 """What the options of a command ask for: the model, with its weights, and where and in what precision it runs."""
 import argparse
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,9 +88,31 @@ def show_weights(path: str, entry: str, other_entries: Sequence[str]) -> None:
     note(f'Weights: {f"{entry} of " if entry else ""}{Path(path).name}{also}')
 
 
+def show_passed_over(paths: Sequence[str]) -> None:
+    """Say on stderr what was passed over in folders of images."""
+    named = ', '.join(paths[:5]) + (f' and {len(paths) - 5} more' if len(paths) > 5 else '')
+    note(f'Passed over, since they are no images by their endings, or no files: {named}')
+
+
 def precision_of(amp: bool, amp_dtype: str) -> str:
     """Return the precision that ``amp_options`` ask for."""
     return amp_dtype if amp else 'float32'
+
+
+def read_share() -> Any:
+    """Return which of several processes this is, as torchrun says in the environment, see ``Share``."""
+    from ..tools.predict import Share
+
+    rank, size = os.environ.get('RANK'), os.environ.get('WORLD_SIZE', '1')
+    if rank is None and size == '1':
+        return Share()
+    try:
+        return Share(int(rank or ''), int(size))
+    except ValueError as error:
+        said = ' and '.join(f'{key}={os.environ[key]}' for key in ('RANK', 'WORLD_SIZE') if key in os.environ)
+        raise ValueError(
+            f'{said} in the environment: RANK is to be a whole number from 0 and below WORLD_SIZE; start processes '
+            f'with torchrun, which sets both, or unset both') from error
 
 
 @contextlib.contextmanager
@@ -98,6 +121,7 @@ def processes(device: str | None) -> Iterator[tuple[str, bool]]:
     import torch.distributed as dist
     from timm.utils import init_distributed_device, is_primary
 
+    read_share()
     setup = argparse.Namespace(device=resolve_device(device))
     init_distributed_device(setup)
     try:

@@ -64,7 +64,7 @@ def command(
     from ..cascade import Cascade
     from ..images.datasets import open_dataset
     from ..tools import silent
-    from ..tools.predict import Share, find_images, predict
+    from ..tools.predict import find_images, predict
     from .progress import track
     from .tables import list_table, print_table
 
@@ -72,10 +72,12 @@ def command(
         raise click.UsageError('Give either IMAGE|FOLDER..., or a data set with --data-dir and --dataset.')
     if cascade and subnet:
         raise click.UsageError('--cascade and --subnet exclude each other; leave one out.')
-    share = Share(int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+    share = loading.read_share()
     if share.size > 1 and not output:
         raise click.UsageError('Several processes need --output.')
     images = find_images(paths) if paths else open_dataset(data_dir, dataset, split)
+    if images.passed_over and share.rank == 0:
+        loading.show_passed_over(images.passed_over)
     where = loading.resolve_device(device)
     if where == 'cuda' and share.size > 1:
         where = f'cuda:{os.environ.get("LOCAL_RANK", share.rank)}'

@@ -13,20 +13,26 @@ from .datasets import ReadableImages
 
 
 @contextlib.contextmanager
+def evaluation_mode(model: SubnetRunner) -> Iterator[None]:
+    """Put a model into evaluation mode for a pass; those of its modules that were in training are in the end, too."""
+    modules = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+@contextlib.contextmanager
 def inference(model: SubnetRunner, precision: str = 'float32') -> Iterator[None]:
-    """Let a model run without gradients, in evaluation mode and in a precision, the lower ones by autocast."""
+    """Let a model run on a batch without gradients and in a precision, the lower ones by autocast."""
     if precision != 'float32' and model.fixed_setting:
         raise ValueError('an exported file runs in its own precision; leave --amp out')
-    was_training = isinstance(model, nn.Module) and model.training
-    if was_training:
-        model.eval()  # type: ignore[attr-defined]
     dtype = getattr(torch, precision)
-    try:
-        with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=precision != 'float32'):
-            yield
-    finally:
-        if was_training:
-            model.train()  # type: ignore[attr-defined]
+    with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=precision != 'float32'):
+        yield
 
 
 def check_finite(logits: Sequence[Tensor], subnets: Sequence[Subnet]) -> None:

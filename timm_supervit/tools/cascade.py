@@ -20,7 +20,7 @@ import torch
 
 from ..cascade import NUM_STAGES, Cascade, cascade_text, probabilities
 from ..images.datasets import DEFAULT_WORKERS, Images, count_common, create_evaluation_loader, open_images
-from ..images.passes import bad_images, check_complete, check_finite, inference
+from ..images.passes import bad_images, check_complete, check_finite, evaluation_mode, inference
 from ..results.fingerprint import fingerprint, source_of
 from ..results.rows import Results, Row, difference, is_int8, pareto_front, subnet_of
 from ..runner import SubnetRunner, setting_of
@@ -264,19 +264,20 @@ def collect_answers(
     """Let all subnets of a model answer all images, in one pass; the arguments are as in ``calibrate``."""
     subnets, parts, seen = model.subnets, [], 0
     loader = create_evaluation_loader(images.dataset, model, batch_size, workers)
-    for batch, target in progress(loader, 'Calibrating'):
-        bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
-        seen += len(target)
-        with inference(model, precision):
-            logits = model.forward_subnets(batch, subnets)
-        check_finite(logits, subnets)
-        readable = target >= 0
-        target = target[readable]
-        stacked = torch.stack([output[readable] for output in logits])  # [S, B, classes]
-        shares = probabilities(stacked)
-        confidence, best = shares.max(dim=2)
-        truth = shares.gather(2, target.expand(len(subnets), -1).unsqueeze(2)).squeeze(2)
-        parts.append([part.cpu().numpy() for part in (confidence, truth, best == target)])
+    with evaluation_mode(model):
+        for batch, target in progress(loader, 'Calibrating'):
+            bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
+            seen += len(target)
+            with inference(model, precision):
+                logits = model.forward_subnets(batch, subnets)
+            check_finite(logits, subnets)
+            readable = target >= 0
+            target = target[readable]
+            stacked = torch.stack([output[readable] for output in logits])  # [S, B, classes]
+            shares = probabilities(stacked)
+            confidence, best = shares.max(dim=2)
+            truth = shares.gather(2, target.expand(len(subnets), -1).unsqueeze(2)).squeeze(2)
+            parts.append([part.cpu().numpy() for part in (confidence, truth, best == target)])
     check_complete(loader.dataset, seen, skip_bad_images)
     if not parts:
         raise ValueError('there are no images to calibrate on; check --data-dir, --dataset and --split')

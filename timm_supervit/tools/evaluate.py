@@ -15,7 +15,7 @@ from timm.task import evaluation_sample_limit
 
 from ..cascade import Cascade, cascade_text
 from ..images.datasets import DEFAULT_WORKERS, Images, create_evaluation_loader, open_images
-from ..images.passes import bad_images, check_complete, check_finite, count_hits, inference
+from ..images.passes import bad_images, check_complete, check_finite, count_hits, evaluation_mode, inference
 from ..loading.checkpoints import read_checkpoint
 from ..loading.load import check_no_model_folder, load_weights, model_of
 from ..results.fingerprint import source_of
@@ -62,7 +62,8 @@ def evaluate(
         ValueError: If a class is none of the model's, or there is no such subnet.
     """
     images = open_images(images)
-    counted = _count(model, images, subnets, batch_size, workers, precision, skip_bad_images, progress)
+    with evaluation_mode(model):
+        counted = _count(model, images, subnets, batch_size, workers, precision, skip_bad_images, progress)
     return _results(model, *counted, images, precision)
 
 
@@ -285,19 +286,20 @@ def evaluate_cascade(
     skipped: list[str] = []
     partial = False
     try:
-        for batch, target in progress(loader, 'Evaluating'):
-            bad = bad_images(target, cascade.num_classes, loader.dataset, skip_bad_images)
-            with inference(cascade, precision):
-                if not seconds:
-                    cascade(batch)  # to warm up
-                start = _now(cascade.device)
-                logits, exits = cascade(batch, return_exits=True)
-                duration = _now(cascade.device) - start
-            check_finite([logits], cascade.stages[-1:])
-            hits, stops = count_hits([logits], target)[0], exits[target >= 0].bincount(minlength=len(stopped))
-            # In one go, so that an interrupt finds a whole number of batches.
-            correct, stopped, seconds, skipped = (
-                correct + hits, stopped + stops, [*seconds, (duration, len(target))], skipped + bad)
+        with evaluation_mode(cascade):
+            for batch, target in progress(loader, 'Evaluating'):
+                bad = bad_images(target, cascade.num_classes, loader.dataset, skip_bad_images)
+                with inference(cascade, precision):
+                    if not seconds:
+                        cascade(batch)  # to warm up
+                    start = _now(cascade.device)
+                    logits, exits = cascade(batch, return_exits=True)
+                    duration = _now(cascade.device) - start
+                check_finite([logits], cascade.stages[-1:])
+                hits, stops = count_hits([logits], target)[0], exits[target >= 0].bincount(minlength=len(stopped))
+                # In one go, so that an interrupt finds a whole number of batches.
+                correct, stopped, seconds, skipped = (
+                    correct + hits, stopped + stops, [*seconds, (duration, len(target))], skipped + bad)
         check_complete(loader.dataset, sum(size for _, size in seconds), skip_bad_images)
     except KeyboardInterrupt:
         if not seconds:

@@ -2,46 +2,66 @@
 
 Images are numbered in the order of the collection. Of several processes each takes its turn. Predictions are written
 in that order as JSON lines, one for each image, so that the complete lines of a killed run say where to go on. A line
-names its image and the run that it is of, so that a file of other images or networks is not gone on with.
+names its image and the run that it is of, so that a file of other images, networks or settings is not gone on with.
 """
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch.distributed as dist
+from filelock import FileLock
 from timm.data.dataset import ImageDataset
-from timm.data.readers import get_img_extensions
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from ..cascade import Cascade, probabilities
-from ..images.datasets import Images, ReadableImages, create_evaluation_loader
-from ..images.passes import check_finite, count_missing, inference
+from ..images.datasets import Images, ReadableImages, create_evaluation_loader, preprocessing
+from ..images.folders import ending_of, files_in, image_endings, is_special
+from ..images.passes import check_finite, count_missing, evaluation_mode, inference
 from ..loading.class_names import shown_class_names
-from ..programs.program import Program
-from ..results.files import check_output_folder
+from ..programs.program import Program, checksum
+from ..results.files import check_output_folder, check_regular, fill_folder, lock_file, unlock_file
 from ..results.fingerprint import fingerprint
 from ..runner import SubnetRunner
 from ..subnets import Size
 from . import Progress, silent
 
 
-class Share(NamedTuple):
-    """The part of a collection that one of several processes predicts.
+class _Share(NamedTuple):
+    rank: int
+    size: int
+
+
+class Share(_Share):
+    """The part of a collection that one of several processes predicts; valid by being one.
 
     Attributes:
         rank: Number of the process, from 0.
         size: How many processes there are.
+
+    Raises:
+        ValueError: If there is no such process.
     """
 
-    rank: int = 0
-    size: int = 1
+    __slots__ = ()
+
+    def __new__(cls, rank: int = 0, size: int = 1) -> 'Share':
+        """Check both numbers."""
+        if any(isinstance(number, bool) or not isinstance(number, Integral) for number in (rank, size)) \
+                or not 0 <= rank < size:
+            raise ValueError(
+                f'rank {rank!r} of {size!r} processes is none; give whole numbers, the rank from 0 and below the size')
+        return super().__new__(cls, int(rank), int(size))
 
 
 def predict(
@@ -65,8 +85,8 @@ def predict(
             matter.
         subnet: Pair (img_size, keep_rate) of the subnet to run (default: the active one); none for a cascade.
         top: How many classes to name of each image.
-        output: File of JSON lines to write to; one of a run that was stopped is continued. Of several processes each
-            has its own, see ``share_path``.
+        output: File of JSON lines to write to; one of a run that was stopped is continued, and its images that could
+            not be read are tried again. Of several processes each has its own, see ``share_path``.
         share: Which of several processes this is.
         batch_size: Images of a batch.
         workers: Processes that read images.
@@ -74,7 +94,7 @@ def predict(
         progress: Follows the batches, such as ``tqdm.tqdm``.
 
     Raises:
-        OSError: If there are no images, or the file cannot be written.
+        OSError: If there are no images, the file cannot be written, or another process writes to it.
         RuntimeError: If logits are not finite.
         ValueError: If there is no such subnet, or the file holds other predictions.
     """
@@ -87,11 +107,14 @@ def predict(
         how, = model.subnet_macs([subnet])
     log = None
     if output is not None:
-        run = digest_run(network, how, names, top, precision, share.size)
-        log = open_log(share_path(output, share), run, images.dataset, share)
-    batches = _predict_batches(
-        model, how, images.dataset, names, top, share, log.done if log else 0, batch_size, workers, precision, progress)
-    return Predictions(batches, images.dataset, share, log)
+        # An int8 file without ranges finds them in each batch, so that an image depends on the others there.
+        unit = batch_size if isinstance(network, Program) and network.facts.get('calibrated') is False else 1
+        run = digest_run(model, images, how, names, top, precision, share.size, unit)
+        log = open_log(share_path(output, share), run, images.dataset, share, unit)
+    run_parts = functools.partial(
+        _predict_batches, model=model, how=how, dataset=images.dataset, names=names, top=top, batch_size=batch_size,
+        workers=workers, precision=precision, progress=progress)
+    return Predictions(model, run_parts, images.dataset, share, batch_size, log)
 
 
 class Predictions:
@@ -103,40 +126,58 @@ class Predictions:
 
     Attributes:
         path: The file that they are written to, if any.
-        num_resumed: How many images were in it already.
+        num_resumed: How many images were in it already and are not tried again.
         failed: The names of the images that could not be read, those in the file included.
         num_missing: How many images of a stream were not delivered; known at the end.
     """
 
-    def __init__(self, batches: Iterable[list[dict[str, Any]]], dataset: Any, share: Share, log: 'Log | None') -> None:
-        self._batches, self._dataset, self._share, self._log = batches, dataset, share, log
+    def __init__(
+            self,
+            model: SubnetRunner,
+            run: Callable[[Iterable[Any]], Iterator[list[dict[str, Any]]]],
+            dataset: Any,
+            share: Share,
+            batch_size: int,
+            log: 'Log | None',
+    ) -> None:
+        self._model, self._run, self._dataset, self._share, self._log = model, run, dataset, share, log
+        self._batch_size = batch_size
         self.path = log.path if log else None
-        self.num_resumed = log.done if log else 0
+        self.num_resumed = log.done - len(log.again) if log else 0
         self.failed = list(log.failed) if log else []
         self.num_missing = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Predict; where torchrun has started several processes, the end comes when all of them are done."""
-        done = self.num_resumed
-        with contextlib.closing(self._log.file) if self._log else contextlib.nullcontext():
-            for rows in self._batches:
+        log, share = self._log, self._share
+        if log and log.file.closed:
+            return
+        done = log.done if log else 0
+        with evaluation_mode(self._model), contextlib.closing(log) if log else contextlib.nullcontext():
+            if log and log.again:
+                numbers = [share.rank + place * share.size for place in log.again]
+                again = [row for rows in self._run([_part(self._dataset, numbers)]) for row in rows]
+                log.replace(again)
+                self.failed = [row['image'] for row in again if 'error' in row]
+                yield from again
+            for rows in self._run(_parts(self._dataset, share, done, self._batch_size)):
                 done += len(rows)
-                if self._log:
-                    self._log.write(rows)
+                if log:
+                    log.write(rows)
                 self.failed += [row['image'] for row in rows if 'error' in row]
                 yield from rows
-        self.num_missing = count_missing(self._dataset, done, *self._share)
-        _wait_for_others(self._share.size)
+        self.num_missing = count_missing(self._dataset, done, *share)
+        _wait_for_others(share.size)
 
 
 def _predict_batches(
+        parts: Iterable[tuple[Any, Sequence[int]]],
+        *,
         model: Any,
         how: Any,
         dataset: Any,
         names: Sequence[str],
         top: int,
-        share: Share,
-        start: int,
         batch_size: int,
         workers: int,
         precision: str,
@@ -144,7 +185,7 @@ def _predict_batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each batch, see ``Predictions``; ``how`` is the subnet or what a cascade is made of."""
     is_stream = isinstance(dataset, IterableDataset)
-    for part, numbers in _parts(dataset, share, start, batch_size):
+    for part, numbers in parts:
         # Marks images that it cannot read.
         loader = create_evaluation_loader(part, model, batch_size, workers)
         for images, marks in loader if is_stream else progress(loader, 'Predicting'):
@@ -179,21 +220,16 @@ def _wait_for_others(size: int) -> None:
         dist.destroy_process_group()
 
 
-class _Files(Reader):
+class _Files(ReaderImageFolder):
     """Reads image files for timm's data set, without classes."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        super().__init__()
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return open(self.paths[index], 'rb'), 0
+        Reader.__init__(self)
+        self.samples, self.class_to_idx = [(path, 0) for path in paths], {}
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return os.path.basename(self.paths[index]) if basename else self.paths[index]
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path
 
 
 class _Part(Dataset):
@@ -213,24 +249,35 @@ class _Part(Dataset):
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> Images:
     """Return image files, and all images in folders and in the folders in those, each image once.
 
+    What is passed over in folders is no image by its ending; a FIFO, socket or device; or one of the files, ``._NAME``,
+    in which macOS keeps what other disks have no place for.
+
     Args:
         paths: Files and folders. Files may have any name.
     """
     found: dict[str, str] = {}  # by the real folder of a file, and its name there
-    extensions = get_img_extensions(as_set=True)
+    endings = image_endings()
+    special: list[str] = []
+    others: list[str] = []
     for path in (os.fspath(path) for path in paths):
         if not os.path.isdir(path):
             if not os.path.exists(path):
                 raise FileNotFoundError(f'{path} does not exist; give image files or folders of them')
+            check_regular(path)
             found.setdefault(_real_path(path), path)
             continue
-        inside = sorted(name for name in _files_in(path) if os.path.splitext(name)[1].lower() in extensions)
+        inside: list[str] = []
+        for name in sorted(files_in(path)):
+            is_image = ending_of(name) in endings and not os.path.basename(name).startswith('._')
+            (special if is_special(name) else inside if is_image else others).append(name)
         if not inside:
             raise FileNotFoundError(
-                f'the folder {path} holds no image ({", ".join(sorted(extensions))}); give another folder, or files')
+                f'the folder {path} holds no image, by the endings that Pillow reads; give another folder, or files')
         for name in inside:
             found.setdefault(_real_path(name), name)
-    return Images(ImageDataset('', reader=_Files(list(found.values()))))
+    # Relative names are of other images in another folder.
+    base = None if all(map(os.path.isabs, found.values())) else os.getcwd()
+    return Images(ImageDataset('', reader=_Files(list(found.values()))), base, passed_over=special + others)
 
 
 def _real_path(path: str) -> str:
@@ -238,33 +285,21 @@ def _real_path(path: str) -> str:
     return os.path.join(os.path.realpath(folder), name)
 
 
-def _files_in(folder: str) -> Iterator[str]:
-    """Yield the files in a folder and in those in it, links followed, each folder once."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    seen = {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        for name in folders.copy():
-            real = os.path.realpath(os.path.join(parent, name))
-            if real in seen:
-                folders.remove(name)
-            seen.add(real)
-        yield from (os.path.join(parent, name) for name in names)
-
-
 def _parts(dataset: Any, share: Share, start: int, batch_size: int) -> Iterator[tuple[Any, Sequence[int]]]:
     """Yield data sets whose targets are indices, and the number in the collection that each index has."""
     if not isinstance(dataset, IterableDataset):
         numbers = range(len(dataset))[share.rank::share.size][start:]
         if numbers:
-            yield _Part(ReadableImages(dataset), numbers), numbers
+            yield _part(dataset, numbers)
         return
     # A stream can only be read from its start on, by one process; each takes its images and passes over the others.
     stream = itertools.islice(enumerate(dataset), share.rank + start * share.size, None, share.size)
     while batch := list(itertools.islice(stream, batch_size)):
         yield [(image, index) for index, (_, (image, _)) in enumerate(batch)], [number for number, _ in batch]
+
+
+def _part(dataset: Any, numbers: Sequence[int]) -> tuple[_Part, Sequence[int]]:
+    return _Part(ReadableImages(dataset), numbers), numbers
 
 
 def _name(dataset: Any, number: int) -> str:
@@ -279,15 +314,35 @@ def _reason(part: Any, index: int) -> str:
     return 'it could not be read at first'
 
 
-def digest_run(model: Any, *settings: Any) -> str:
-    """Return a few letters that tell a run from those of other networks and settings.
+def digest_run(model: Any, images: Images, *settings: Any) -> str:
+    """Return a few letters that tell a run from those of other networks, images and settings.
+
+    Where images have no files, by whose names lines tell them apart, it depends on how many there are, and on the first
+    and the last.
 
     Args:
-        model: A SuperViT or an exported file.
+        model: A SuperViT, an exported file, or a cascade of either.
+        images: The images.
         settings: What else its lines depend on.
     """
-    what = model.facts if isinstance(model, Program) else fingerprint(model)
-    return hashlib.sha256(json.dumps([what, *settings], default=str).encode()).hexdigest()[:12]
+    network = model.model if isinstance(model, Cascade) else model
+    what = checksum(network.path) if isinstance(network, Program) else fingerprint(network)
+    source = images._replace(
+        dataset=None, passed_over=(), data_dir=images.data_dir and os.path.realpath(images.data_dir))
+    ends = []
+    if not isinstance(images.dataset, IterableDataset) and len(images.dataset):
+        readable = ReadableImages(images.dataset)
+        if readable.path(0) is None:
+            ends = [len(readable), _digest_image(readable, 0), _digest_image(readable, len(readable) - 1)]
+    everything = [what, preprocessing(model), source, ends, *settings]
+    return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:12]
+
+
+def _digest_image(images: ReadableImages, index: int) -> str:
+    try:
+        return hashlib.sha256(images.read(index)[0].tobytes()).hexdigest()
+    except Exception:  # as for an image that cannot be read
+        return ''
 
 
 def share_path(path: str | os.PathLike, share: Share) -> Path:
@@ -296,27 +351,41 @@ def share_path(path: str | os.PathLike, share: Share) -> Path:
     return path if share.size == 1 else path.with_name(f'{path.stem}-{share.rank}-of-{share.size}{path.suffix}')
 
 
-class Log(NamedTuple):
+class Log:
     """A file of JSON lines that is written to as predictions come.
 
     Attributes:
         path: Its path.
         file: It, open.
         run: The run that its lines are of.
-        done: How many images were in it when it was opened.
-        failed: The names of those of them that could not be read.
+        done: How many lines were in it when it was opened.
+        failed: The names of those of their images that could not be read.
+        again: Which of these lines to predict again, counted from 0: those of such images, where they can be read anew.
     """
 
-    path: Path
-    file: BinaryIO
-    run: str
-    done: int
-    failed: list[str]
+    def __init__(
+            self,
+            path: Path,
+            file: BinaryIO,
+            run: str,
+            done: int,
+            failed: Sequence[str],
+            again: Sequence[int] = (),
+            lock: FileLock | None = None,
+    ) -> None:
+        self.path, self.file, self.run, self.done, self.failed, self.again = path, file, run, done, failed, again
+        # Where it is never closed, too, since nothing was iterated over.
+        self._unlock = weakref.finalize(self, unlock_file, lock) if lock else lambda: None
+
+    def close(self) -> None:
+        """Close the file, and let other processes write to it."""
+        self.file.close()
+        self._unlock()
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows, all at once."""
         try:
-            text = memoryview(b''.join(json.dumps({**row, 'run': self.run}).encode() + b'\n' for row in rows))
+            text = memoryview(b''.join(map(self._line, rows)))
             while text:  # a file without a buffer may take a part
                 text = text[self.file.write(text):]
         except OSError as error:
@@ -324,41 +393,88 @@ class Log(NamedTuple):
                 error.errno, f'{error.strerror or error}: {self.path} keeps what was predicted so far; make room and '
                 f'call again to go on') from error
 
+    def replace(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Put rows in the place of those of the same images, all or none, unless all images still cannot be read."""
+        lines = {row['index']: self._line(row) for row in rows if row['image'] not in self.failed or 'error' not in row}
+        if not lines:
+            return
+        path = Path(os.path.realpath(self.path))
+        self.file.close()
+        with fill_folder(path.parent) as folder, \
+                open(path, 'rb') as before, open(folder / path.name, 'wb') as after:
+            after.writelines(lines.get(json.loads(line)['index'], line) for line in before)
+        self.file = _open_end(path)
 
-def open_log(path: Path, run: str, dataset: Any, share: Share) -> Log:
-    """Open a file of JSON lines to go on with; what a kill left of a line is removed.
+    def _line(self, row: dict[str, Any]) -> bytes:
+        return json.dumps({**row, 'run': self.run}).encode() + b'\n'
+
+
+def open_log(path: Path, run: str, dataset: Any, share: Share, unit: int = 1) -> Log:
+    """Open a file of JSON lines to go on with, alone; what a kill left of a line is removed.
+
+    Of images that could not be read, those at the end are removed too, and the others are to be predicted again.
 
     Args:
         path: The file; it and its folder are made if missing.
         run: The run that its lines must be of, from ``digest_run``.
         dataset: The images that they must be of.
         share: Which of several processes writes it.
+        unit: How many lines depend on each other, and are predicted again together.
     """
     check_output_folder(path.parent)
-    is_stream = isinstance(dataset, IterableDataset)
-    done, size, failed = 0, 0, []
-    path.touch()
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise ValueError(f'{path} is no file that can be read again to go on with; give another, or use --json')
+    lock = lock_file(Path(os.path.realpath(path)))
+    try:
+        path.touch()
+        ends, failed = _read_log(path, run, dataset, share)
+        done, again = len(ends) - 1, set()
+        if not isinstance(dataset, IterableDataset):  # of which a part cannot be read again
+            total = len(range(len(dataset))[share.rank::share.size])
+            while failed.pop(done - 1, None):
+                done -= 1
+            done = done if done == total else done - done % unit
+            again = {line for place in failed for line in range(place - place % unit, place - place % unit + unit)}
+            again = {place for place in again if place < done}
+        return Log(
+            path, _open_end(path, ends[done]), run, done, [failed[place] for place in failed if place < done],
+            sorted(again), lock)
+    except BaseException:
+        unlock_file(lock)
+        raise
+
+
+def _read_log(path: Path, run: str, dataset: Any, share: Share) -> tuple[list[int], dict[int, str]]:
+    """Return where in a file of JSON lines each ends, from 0 on, and by their places the images that failed."""
+    is_stream = isinstance(dataset, IterableDataset)
+    ends, failed = [0], {}
     with open(path, 'rb') as lines:
-        for line in lines:
-            number = share.rank + done * share.size
+        for place, line in enumerate(lines):
+            number = share.rank + place * share.size
             name = _name(dataset, number) if is_stream or number < len(dataset) else ''
             row, start = _parse(line), json.dumps({'index': number, 'image': name}).encode()[:-1]
             is_torn = not line.endswith(b'\n') and (line.startswith(start) or start.startswith(line))
             if not is_torn and (row.get('run'), row.get('index'), row.get('image')) != (run, number, name):
                 raise ValueError(
-                    f'{path} holds other predictions from line {done + 1} on: of another network, subnet, --top, '
-                    f'number of processes or collection of images; give another --output, or remove the file')
+                    f'{path} holds other predictions from line {place + 1} on: of another network, subnet, --top, '
+                    f'preparation of images, number of processes or collection of images; give another --output, or '
+                    f'remove the file')
             if is_torn:
                 break
-            failed += [name] if 'error' in row else []
-            done, size = done + 1, size + len(line)
+            if 'error' in row:
+                failed[place] = name
+            ends.append(ends[-1] + len(line))
+    return ends, failed
+
+
+def _open_end(path: Path, size: int | None = None) -> BinaryIO:
+    """Open a file to write on at its end, or at a size that it is cut to."""
     # Unbuffered, so that nothing is left to be written when a full disk ends the run.
     file = open(path, 'r+b', buffering=0)  # noqa: SIM115, it stays open
-    file.truncate(size)
-    file.seek(size)
-    return Log(path, file, run, done, failed)
+    if size is not None:
+        file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file
 
 
 def _parse(line: bytes) -> dict[str, Any]:
