@@ -29,8 +29,7 @@ from . import base, loading, options
 @options.output_option
 def command(
         data_dir: str | None,
-        dataset: str,
-        split: str,
+        data: dict[str, Any],
         batch_size: int,
         workers: int,
         skip_bad_images: bool,
@@ -64,7 +63,7 @@ def command(
     supervit cascade local-dir:output/digits --data-dir output/digits --macs 3e6 --output results
     """
     from ..cascade import cascade_text
-    from ..images.datasets import open_dataset
+    from ..images.datasets import check_data, open_dataset
     from ..results.files import check_output_folder
     from ..results.pictures import draw_operating_points
     from ..results.rows import subnet_of
@@ -83,9 +82,10 @@ def command(
         raise click.UsageError(f'{error}.') from error
     if output:
         check_output_folder(output)
-    images = open_dataset(data_dir, dataset, split)
-    others = open_dataset(calibration_dir, dataset, split) if calibration_dir else None
-    model = loading.load(**model_options, device=loading.resolve_device(device), name_classes=False)
+    check_data(data_dir, data['dataset'])
+    model = loading.load(**model_options, device=loading.resolve_device(device))
+    images = open_dataset(data_dir, model=model, **data)
+    others = open_dataset(calibration_dir, model=model, **data) if calibration_dir else None
     calibration = calibrate(
         model, images, calibration_images=others, calibration_share=calibration_share, seed=seed, **goal,
         batch_size=batch_size, workers=workers, precision=loading.precision_of(amp, amp_dtype),

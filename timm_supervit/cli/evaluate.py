@@ -1,4 +1,5 @@
 """``supervit evaluate``: accuracy and cost of every subnet."""
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from . import base, loading, options
 def command(
         model: str,
         data_dir: str | None,
-        dataset: str,
-        split: str,
+        data: dict[str, Any],
         subnets: tuple[Any, ...],
         cascade: str | None,
         device: str | None,
@@ -54,7 +54,7 @@ def command(
     import torch
 
     from ..cascade import Cascade
-    from ..images.datasets import open_dataset
+    from ..images.datasets import check_data, open_dataset
     from ..results.files import check_output_folder
     from ..tools import silent
     from ..tools.evaluate import evaluate, evaluate_cascade, evaluate_epochs
@@ -69,7 +69,7 @@ def command(
         raise click.UsageError(f'{model} holds checkpoints, and --checkpoint is another one; leave one out.')
     if output:
         check_output_folder(output)
-    images = open_dataset(data_dir, dataset, split)
+    check_data(data_dir, data['dataset'])
     torch.backends.cuda.matmul.allow_tf32 = True  # as validate.py
     with loading.processes(device) as (device, is_first):
         run: dict[str, Any] = dict(
@@ -78,20 +78,21 @@ def command(
         if is_run:
             settings = loading.parse_settings(model_options['num_classes'], model_options['model_kwargs'])
             results = evaluate_epochs(
-                model, images, subnets or None, use_ema=model_options['use_ema'], settings=settings, device=device,
-                **run)
-            show = _show_epochs
+                model, functools.partial(open_dataset, data_dir, **data), subnets or None,
+                use_ema=model_options['use_ema'], settings=settings, device=device, **run)
         else:
-            loaded = loading.load(model, device=device, name_classes=False, **model_options)
+            loaded = loading.load(model, device=device, **model_options)
+            images = open_dataset(data_dir, model=loaded, **data)
             if cascade:
                 with loading.warnings_shown():
                     loaded = Cascade.load(loaded, cascade)
                 results = evaluate_cascade(loaded, images, **run)
-                show = _show_cascade
             else:
                 results = evaluate(loaded, images, subnets or None, **run)
-                show = _show_subnets
-    if is_first:
+    if is_first and is_run:
+        _show_epochs(results, output)
+    elif is_first:
+        show = _show_cascade if cascade else _show_subnets
         show(results, output, f'{results.rows[0]["count"]} of {len(images.dataset)} images')
 
 
@@ -105,7 +106,7 @@ def _show_subnets(results: Any, output: str | None, done: str) -> None:
         [[grid_table(results.rows, key) for key in ('top1', 'top5', 'macs')]], notes=_skipped(results), done=done)
 
 
-def _show_epochs(results: Any, output: str | None, done: str) -> None:
+def _show_epochs(results: Any, output: str | None) -> None:
     from ..results.pictures import draw_operating_points
     from ..tools.evaluate import table_of_epochs
     from .report import report

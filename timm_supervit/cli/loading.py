@@ -75,7 +75,9 @@ def load(
         note(f'Weights: plain ones that {source.name} starts from, not super-trained: '
              f'accuracy with few tokens or small images means nothing')
     if source.unnamed:
-        note(f'Classes: without names, since {source.unnamed}; --class-names says where they are')
+        remedy = '--class-names says where they are' if 'class_names' in kwargs else \
+            'as many as the data set has, in its order; --class-map says another'
+        note(f'Classes: without names, since {source.unnamed}; {remedy}')
     return loaded
 
 

@@ -1,5 +1,6 @@
 """What the commands share of arguments and options, named as in timm's scripts."""
 import ast
+import functools
 import os
 from typing import Any
 
@@ -86,11 +87,34 @@ amp_options = _chain(
 workers_option = click.option(
     '-j', '--workers', default=min(4, os.cpu_count() or 1), show_default=True, type=click.IntRange(0),
     help='Processes that read images.')
+
+
+def _as_data(function: Any) -> Any:
+    """Hand the options of a data set to a command as one, ``data``, which ``open_dataset`` takes."""
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        names = ('dataset', 'split', 'class_map', 'input_key', 'target_key', 'input_img_mode')
+        return function(*args, data={name: kwargs.pop(name) for name in names}, **kwargs)
+
+    return command
+
+
+dataset_options = _chain(
+    click.option(
+        '--dataset', metavar='NAME',
+        help='Kind and name, as in timm\'s scripts (default: the checkpoint\'s kind, or folders).'),
+    click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.'),
+    click.option(
+        '--class-map', metavar='FILE', help='Names of the classes in order (default: those that the model knows).'),
+    click.option('--input-key', metavar='NAME', help='Column of the images (default: the checkpoint\'s or timm\'s).'),
+    click.option('--target-key', metavar='NAME', help='Column of the classes (default: the checkpoint\'s or timm\'s).'),
+    click.option(
+        '--input-img-mode', metavar='MODE', help='Pillow\'s mode to read images in (default: by their channels).'),
+    _as_data,
+)
 data_options = _chain(
     click.option('--data-dir', metavar='DIR', help='Folder of the data set: a folder of images for each class.'),
-    click.option(
-        '--dataset', default='', metavar='NAME', help='Kind and name, as in timm\'s scripts (default: folders).'),
-    click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.'),
+    dataset_options,
     click.option(
         '-b', '--batch-size', default=256, show_default=True, type=click.IntRange(1), help='Images in a batch.'),
     workers_option,

@@ -15,8 +15,7 @@ from .stdout import echo, note, wants_json, write
 @options.model_options
 @click.argument('paths', nargs=-1, type=click.Path(exists=True), metavar='IMAGE|FOLDER...')
 @click.option('--data-dir', metavar='DIR', help='Folder of a data set, instead of IMAGE|FOLDER.')
-@click.option('--dataset', default='', metavar='NAME', help='Kind and name, as in timm\'s scripts (default: folders).')
-@click.option('--split', default='validation', show_default=True, metavar='NAME', help='Split of the data set.')
+@options.dataset_options
 @click.option('--subnet', type=options.SubnetType(), help='The subnet to run (default: the active one).')
 @options.cascade_option
 @click.option('--top', default=5, show_default=True, type=click.IntRange(1), help='Classes to name for each image.')
@@ -34,8 +33,7 @@ def command(
         ctx: click.Context,
         paths: tuple[str, ...],
         data_dir: str | None,
-        dataset: str,
-        split: str,
+        data: dict[str, Any],
         subnet: Subnet | None,
         cascade: str | None,
         top: int,
@@ -62,26 +60,29 @@ def command(
     supervit predict supervit_small --checkpoint model_best.pth.tar --data-dir imagenet --output predictions.jsonl
     """
     from ..cascade import Cascade
-    from ..images.datasets import open_dataset
+    from ..images.datasets import check_data, open_dataset
     from ..tools import silent
     from ..tools.predict import find_images, predict
     from .progress import track
     from .tables import list_table, print_table
 
-    if bool(paths) == bool(data_dir or dataset):
+    if bool(paths) == bool(data_dir or data['dataset']):
         raise click.UsageError('Give either IMAGE|FOLDER..., or a data set with --data-dir and --dataset.')
     if cascade and subnet:
         raise click.UsageError('--cascade and --subnet exclude each other; leave one out.')
     share = loading.read_share()
     if share.size > 1 and not output:
         raise click.UsageError('Several processes need --output.')
-    images = find_images(paths) if paths else open_dataset(data_dir, dataset, split)
-    if images.passed_over and share.rank == 0:
-        loading.show_passed_over(images.passed_over)
+    if not paths:
+        check_data(data_dir, data['dataset'])
+    files = find_images(paths)._replace(img_mode=data['input_img_mode']) if paths else None
     where = loading.resolve_device(device)
     if where == 'cuda' and share.size > 1:
         where = f'cuda:{os.environ.get("LOCAL_RANK", share.rank)}'
     model = loading.load(**model_options, device=where)
+    images = files or open_dataset(data_dir, model=model, **data)
+    if images.passed_over and share.rank == 0:
+        loading.show_passed_over(images.passed_over)
     if cascade:
         with loading.warnings_shown():
             model = Cascade.load(model, cascade)

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,9 +47,9 @@ class Checkpoint(NamedTuple):
     args: dict[str, Any]
     epoch: int | None
 
-    def source(self, name: str, unnamed: str = '') -> Source:
-        """Return where a model with these weights is from; ``name`` and ``unnamed`` are as in ``Source``."""
-        return Source(name, self.path, self.entry, self.other_entries, unnamed)
+    def source(self, name: str, unnamed: str = '', data: Mapping[str, str] | None = None) -> Source:
+        """Return where a model with these weights is from; the arguments are as in ``Source``."""
+        return Source(name, self.path, self.entry, self.other_entries, unnamed, data)
 
 
 def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> Checkpoint:

@@ -24,7 +24,7 @@ from ..programs.program import Program, is_program, load_program
 from ..results.files import check_regular
 from ..results.fingerprint import Source, fingerprint
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
-from .class_names import read_class_names, trained_class_names
+from .class_names import read_class_names, trained_class_names, trained_data
 
 # Settings that may differ from those that a checkpoint was trained with: they change no trained weight's meaning.
 CHANGEABLE = (
@@ -63,6 +63,7 @@ def load_model(
     program = load_program(model, device)
     if class_names is not None:
         program.class_names = read_class_names(class_names, program.num_classes)
+        program.pretrained_cfg['label_names'] = program.class_names
     return program
 
 
@@ -88,7 +89,7 @@ def load_supervit(
         class_names: Where the names of the classes are, see ``read_class_names`` (default: the class map or folders
             that the checkpoint was trained with, where they still are).
         pretrained: Without a checkpoint, load the model's pretrained weights.
-        name_classes: Look for the names of a checkpoint's classes, which reads the list of its training images.
+        name_classes: Look for the names of a checkpoint's classes, which lists its training folder.
         device: Where it is to run.
 
     Returns:
@@ -151,11 +152,13 @@ def model_of(
     load_weights(created, checkpoint)
     if trained_model:
         data_settings = {key: checkpoint.args[key] for key in _DATA_SETTINGS if checkpoint.args.get(key)}
-        config = resolve_data_config(data_settings, model=created)
+        config = resolve_data_config({**data_settings, 'in_chans': created.in_chans}, model=created)
         created.pretrained_cfg.update({key: config[key] for key in data_settings})
+        if mode := checkpoint.args.get('input_img_mode'):
+            created.pretrained_cfg['input_img_mode'] = mode
     args = checkpoint.args if trained_model else None
     unnamed = _name_classes(created, class_names, args) if name_classes else ''
-    created.source = checkpoint.source(name, unnamed)
+    created.source = checkpoint.source(name, unnamed, trained_data(args) if args else None)
     return created
 
 

@@ -25,14 +25,17 @@ _OPERATORS = ['MatMul', 'Gemm']
 
 def create_calibration_loader(data_dir: str, model: SubnetRunner, num_workers: int) -> Any:
     """Return a loader of up to ``MOST_IMAGES`` images, evenly spaced among those of a folder, of whatever classes."""
-    dataset = open_dataset(data_dir).dataset
+    images = open_dataset(data_dir, '', model=model, class_map='')
+    dataset = images.dataset
     if len(dataset) < LEAST_IMAGES:
         number = f'{len(dataset)} image{"" if len(dataset) == 1 else "s"}'
         raise ValueError(
             f'{data_dir} holds {number}, and static quantization takes the '
             f'ranges of all activations from them; give {LEAST_IMAGES} or more, or leave out --calibration-data')
     indices = np.linspace(0, len(dataset) - 1, min(len(dataset), MOST_IMAGES)).astype(int).tolist()
-    return create_evaluation_loader(Selection(dataset, indices), model, batch_size=16, num_workers=num_workers)
+    return create_evaluation_loader(
+        images._replace(dataset=Selection(dataset, indices)), model, batch_size=16, num_workers=num_workers,
+        labeled=False)
 
 
 def quantize_program(

@@ -67,7 +67,8 @@ class Program:
         in_chans: Channels of the images.
         num_classes: Number of logits.
         class_names: Names of the classes, where they are known.
-        pretrained_cfg: How images are prepared, as in timm: input_size, interpolation, crop_pct, crop_mode, mean, std.
+        pretrained_cfg: How images are prepared, as in timm: input_size, interpolation, crop_pct, crop_mode, mean, std,
+            and Pillow's input_img_mode; and ``label_names``, by which data sets call the classes.
         network: Which network it computes, see ``fingerprint``.
         device: Device that it runs on.
     """
@@ -92,7 +93,7 @@ class Program:
             self.class_names: list[str] | None = facts['class_names']
             self.pretrained_cfg: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value
-                for key, value in facts['preprocessing'].items()}
+                for key, value in facts['preprocessing'].items()} | {'label_names': facts.get('label_names')}
             self.network: dict[str, Any] = facts['network']
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(

@@ -20,6 +20,7 @@ class Source(NamedTuple):
         entry: The entry of the checkpoint that they are: ``model``, ``state_dict_ema``, ...
         other_entries: The checkpoint's other entries of weights.
         unnamed: Why the names of its classes are not known, where they could be.
+        data: What ``train.py`` was told of its data: ``dataset``, ``class_map``, ``input_key``, ``target_key``.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Source(NamedTuple):
     entry: str = ''
     other_entries: tuple[str, ...] = ()
     unnamed: str = ''
+    data: Mapping[str, str] | None = None
 
     @property
     def weights_kind(self) -> str:

@@ -190,8 +190,8 @@ def calibrate(
             too few images or subnets, or no cascade fits.
     """
     check_goal(macs, latency_ms, accuracy, profile, where)
-    report_images = open_images(images)
-    others = None if calibration_images is None else open_images(calibration_images)
+    report_images = open_images(images, model)
+    others = None if calibration_images is None else open_images(calibration_images, model)
     if others and (common := count_common(report_images.dataset, others.dataset)):
         raise ValueError(f'{common} images of --calibration-dir are in --data-dir too; leave --calibration-dir out, so '
                          f'that the images are split, or give other images')
@@ -263,7 +263,7 @@ def collect_answers(
 ) -> Answers:
     """Let all subnets of a model answer all images, in one pass; the arguments are as in ``calibrate``."""
     subnets, parts, seen = model.subnets, [], 0
-    loader = create_evaluation_loader(images.dataset, model, batch_size, workers)
+    loader = create_evaluation_loader(images, model, batch_size, workers)
     with evaluation_mode(model):
         for batch, target in progress(loader, 'Calibrating'):
             bad_images(target, model.num_classes, loader.dataset, skip_bad_images)

@@ -61,7 +61,7 @@ def evaluate(
         RuntimeError: If a subnet's logits are not finite; the message names it.
         ValueError: If a class is none of the model's, or there is no such subnet.
     """
-    images = open_images(images)
+    images = open_images(images, model)
     with evaluation_mode(model):
         counted = _count(model, images, subnets, batch_size, workers, precision, skip_bad_images, progress)
     return _results(model, *counted, images, precision)
@@ -81,7 +81,7 @@ def _count(
     macs = model.subnet_macs(subnets)  # first of all, since it checks the subnets
     chosen = list(macs)
     is_distributed = dist.is_available() and dist.is_initialized()
-    loader = create_evaluation_loader(images.dataset, model, batch_size, workers, is_distributed)
+    loader = create_evaluation_loader(images, model, batch_size, workers, is_distributed)
     limit = evaluation_sample_limit(loader)
     correct = torch.zeros(len(chosen), 2, dtype=torch.int64, device=model.device)
     skipped: list[str] = []
@@ -182,7 +182,6 @@ def evaluate_epochs(
         ValueError: If only some checkpoints have averaged weights, or as ``evaluate``.
     """
     check_no_model_folder(os.fspath(folder))
-    images = open_images(images)
     paths = find_checkpoints(folder)
     rows: list[Row] = []
     kinds: dict[str, Path] = {}
@@ -198,7 +197,8 @@ def evaluate_epochs(
                 raise ValueError(
                     f'{kinds["raw"]} has no averaged weights and {kinds["averaged"]} has; leave out --use-ema')
             if model is None:
-                model = model_of(checkpoint, settings=settings, name_classes=False).to(device)
+                model = model_of(checkpoint, settings=settings).to(device)
+                images = open_images(images, model)
             else:
                 load_weights(model, checkpoint)
             follow = functools.partial(_relabel, progress, epoch)
@@ -278,8 +278,8 @@ def evaluate_cascade(
     """
     if dist.is_available() and dist.is_initialized():
         raise ValueError('a cascade is evaluated in one process, for its latency; leave torchrun out')
-    images = open_images(images)
-    loader = create_evaluation_loader(images.dataset, cascade, batch_size, workers)
+    images = open_images(images, cascade)
+    loader = create_evaluation_loader(images, cascade, batch_size, workers)
     correct = torch.zeros(2, dtype=torch.int64, device=cascade.device)
     stopped = torch.zeros(len(cascade.stages), dtype=torch.int64, device=cascade.device)
     seconds: list[tuple[float, int]] = []  # of each batch, and its images

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..images.datasets import DEFAULT_WORKERS, preprocessing
+from ..images.datasets import DEFAULT_WORKERS, IMG_MODES, img_mode, preprocessing
+from ..images.labels import label_names
 from ..loading.class_names import class_names
 from ..models.supervit import SuperViT
 from ..programs.int8 import create_calibration_loader, quantize_program
@@ -191,11 +192,13 @@ def _describe(module: Any, format: str, network: dict[str, Any]) -> dict[str, An
         'preprocessing': {
             'input_size': [model.in_chans, *largest],
             **{key: config[key] for key in ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')},
+            'input_img_mode': img_mode(model) if model.in_chans in IMG_MODES else None,
         },
         'img_sizes': [size for size in model.img_sizes if any(subnet.img_size == size for subnet in subnets)],
         'subnet': (model.subnet if isinstance(module, ElasticSubnet) else module.subnet)._asdict(),
         'subnets': [{**subnet._asdict(), 'macs': cost} for subnet, cost in subnets.items()],
         'class_names': class_names(model),
+        'label_names': label_names(model) or None,
         'network': network,
         'versions': {package: version(package) for package in _PACKAGES[format]},
     }

@@ -25,7 +25,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from ..cascade import Cascade, probabilities
-from ..images.datasets import Images, ReadableImages, create_evaluation_loader, preprocessing
+from ..images.datasets import Images, ReadableImages, create_evaluation_loader, img_mode, preprocessing
 from ..images.folders import ending_of, files_in, image_endings, is_special
 from ..images.passes import check_finite, count_missing, evaluation_mode, inference
 from ..loading.class_names import shown_class_names
@@ -112,9 +112,9 @@ def predict(
         run = digest_run(model, images, how, names, top, precision, share.size, unit)
         log = open_log(share_path(output, share), run, images.dataset, share, unit)
     run_parts = functools.partial(
-        _predict_batches, model=model, how=how, dataset=images.dataset, names=names, top=top, batch_size=batch_size,
+        _predict_batches, model=model, how=how, images=images, names=names, top=top, batch_size=batch_size,
         workers=workers, precision=precision, progress=progress)
-    return Predictions(model, run_parts, images.dataset, share, batch_size, log)
+    return Predictions(model, run_parts, images, share, batch_size, log)
 
 
 class Predictions:
@@ -135,13 +135,13 @@ class Predictions:
             self,
             model: SubnetRunner,
             run: Callable[[Iterable[Any]], Iterator[list[dict[str, Any]]]],
-            dataset: Any,
+            images: Images,
             share: Share,
             batch_size: int,
             log: 'Log | None',
     ) -> None:
-        self._model, self._run, self._dataset, self._share, self._log = model, run, dataset, share, log
-        self._batch_size = batch_size
+        self._model, self._run, self._dataset, self._share, self._log = model, run, images.dataset, share, log
+        self._batch_size, self._mode = batch_size, img_mode(model, images.img_mode)
         self.path = log.path if log else None
         self.num_resumed = log.done - len(log.again) if log else 0
         self.failed = list(log.failed) if log else []
@@ -156,11 +156,11 @@ class Predictions:
         with evaluation_mode(self._model), contextlib.closing(log) if log else contextlib.nullcontext():
             if log and log.again:
                 numbers = [share.rank + place * share.size for place in log.again]
-                again = [row for rows in self._run([_part(self._dataset, numbers)]) for row in rows]
+                again = [row for rows in self._run([_part(self._dataset, self._mode, numbers)]) for row in rows]
                 log.replace(again)
                 self.failed = [row['image'] for row in again if 'error' in row]
                 yield from again
-            for rows in self._run(_parts(self._dataset, share, done, self._batch_size)):
+            for rows in self._run(_parts(self._dataset, self._mode, share, done, self._batch_size)):
                 done += len(rows)
                 if log:
                     log.write(rows)
@@ -175,7 +175,7 @@ def _predict_batches(
         *,
         model: Any,
         how: Any,
-        dataset: Any,
+        images: Images,
         names: Sequence[str],
         top: int,
         batch_size: int,
@@ -184,17 +184,19 @@ def _predict_batches(
         progress: Progress,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each batch, see ``Predictions``; ``how`` is the subnet or what a cascade is made of."""
+    dataset = images.dataset
     is_stream = isinstance(dataset, IterableDataset)
     for part, numbers in parts:
         # Marks images that it cannot read.
-        loader = create_evaluation_loader(part, model, batch_size, workers)
-        for images, marks in loader if is_stream else progress(loader, 'Predicting'):
+        loader = create_evaluation_loader(
+            images._replace(dataset=part), model, batch_size, workers, labeled=False)
+        for batch, marks in loader if is_stream else progress(loader, 'Predicting'):
             with inference(model, precision):
                 if isinstance(model, Cascade):
-                    logits, exits = model(images, return_exits=True)
+                    logits, exits = model(batch, return_exits=True)
                     subnets = [model.stages[stage] for stage in exits.tolist()]
                 else:
-                    logits, subnets = model(images, **how._asdict()), [how] * len(images)
+                    logits, subnets = model(batch, **how._asdict()), [how] * len(batch)
             check_finite([logits], subnets[:1])
             best, classes = probabilities(logits).topk(min(top, logits.shape[1]), dim=1)
             rows = []
@@ -285,12 +287,12 @@ def _real_path(path: str) -> str:
     return os.path.join(os.path.realpath(folder), name)
 
 
-def _parts(dataset: Any, share: Share, start: int, batch_size: int) -> Iterator[tuple[Any, Sequence[int]]]:
+def _parts(dataset: Any, mode: str, share: Share, start: int, batch_size: int) -> Iterator[tuple[Any, Sequence[int]]]:
     """Yield data sets whose targets are indices, and the number in the collection that each index has."""
     if not isinstance(dataset, IterableDataset):
         numbers = range(len(dataset))[share.rank::share.size][start:]
         if numbers:
-            yield _part(dataset, numbers)
+            yield _part(dataset, mode, numbers)
         return
     # A stream can only be read from its start on, by one process; each takes its images and passes over the others.
     stream = itertools.islice(enumerate(dataset), share.rank + start * share.size, None, share.size)
@@ -298,8 +300,8 @@ def _parts(dataset: Any, share: Share, start: int, batch_size: int) -> Iterator[
         yield [(image, index) for index, (_, (image, _)) in enumerate(batch)], [number for number, _ in batch]
 
 
-def _part(dataset: Any, numbers: Sequence[int]) -> tuple[_Part, Sequence[int]]:
-    return _Part(ReadableImages(dataset), numbers), numbers
+def _part(dataset: Any, mode: str, numbers: Sequence[int]) -> tuple[_Part, Sequence[int]]:
+    return _Part(ReadableImages(dataset, mode), numbers), numbers
 
 
 def _name(dataset: Any, number: int) -> str:
@@ -334,7 +336,7 @@ def digest_run(model: Any, images: Images, *settings: Any) -> str:
         readable = ReadableImages(images.dataset)
         if readable.path(0) is None:
             ends = [len(readable), _digest_image(readable, 0), _digest_image(readable, len(readable) - 1)]
-    everything = [what, preprocessing(model), source, ends, *settings]
+    everything = [what, preprocessing(model), img_mode(model, images.img_mode), source, ends, *settings]
     return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:12]
 
 

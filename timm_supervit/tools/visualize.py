@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from ..images.datasets import preprocessing
+from ..images.datasets import img_mode, preprocessing
 from ..images.passes import check_finite
 from ..loading.class_names import shown_class_names
 from ..models.supervit import SuperViT, resize_images
@@ -91,10 +92,11 @@ class KeptTokens(NamedTuple):
 def read_image(path: str | os.PathLike, model: SuperViT) -> Tensor:
     """Read an image file and prepare it as for the model's evaluation, [C, H, W]."""
     transform: Any = create_transform(**preprocessing(model))
+    mode = img_mode(model)
     try:
         check_regular(path)
         with Image.open(path) as image:
-            return transform(image.convert('L' if model.in_chans == 1 else 'RGB'))
+            return transform(image.convert(mode))
     except Exception as error:  # Pillow raises more: SyntaxError, struct.error, DecompressionBombError, ...
         raise OSError(f'{os.fspath(path)} cannot be read as an image: {error}') from error
 
@@ -133,10 +135,12 @@ def find_kept_tokens(
         logits = model(x, **subnet._asdict())
         check_finite([logits], [subnet])
         probability, index = logits.softmax(dim=1).max(dim=1)
-        pixels = resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean  # [C, H, W]
+        pixels = (resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean).clamp(0, 1)  # [C, H, W]
+        if img_mode(model) not in ('L', 'RGB'):
+            pixels = to_tensor(to_pil_image(pixels, img_mode(model)).convert('RGB'))
         kept_tokens.append(KeptTokens(
             title, subnet, cost, names[int(index)], probability.item(),
-            pixels.clamp(0, 1).permute(1, 2, 0).numpy(),
+            pixels.permute(1, 2, 0).numpy(),
             {block: _to_grid(patches[0].cpu(), model.grid_size(subnet.img_size))
              for block, patches in model.kept_patches(x, **subnet._asdict()).items()},
         ))
