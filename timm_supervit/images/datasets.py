@@ -25,6 +25,8 @@ DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 
 IMG_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}  # of Pillow, by the number of channels
 
+IMG_MODE_NOTE = 'input_img_mode='  # in ``notes`` of pretrained_cfg, where timm keeps text with a model, and the Hub too
+
 _FETCHED = ('hfds', 'hfids', 'tfds')  # kinds whose data sets come from the net unless their name is a path
 _PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow', 'wds': 'webdataset'}  # that timm reads with
 _SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'}
@@ -253,13 +255,14 @@ def img_mode(model: SubnetRunner, mode: str | None = None) -> str:
     """Return Pillow's mode that images are converted to for a model.
 
     Args:
-        model: The model, whose ``pretrained_cfg`` may say it as ``input_img_mode``.
+        model: The model, whose ``pretrained_cfg`` may say it in a note, as ``input_img_mode=CMYK``.
         mode: The mode, if it is to be another one.
 
     Raises:
         ValueError: If the mode has another number of channels than the model, or there is none with so many.
     """
-    mode = mode or model.pretrained_cfg.get('input_img_mode') or IMG_MODES.get(model.in_chans)
+    notes = [note for note in model.pretrained_cfg.get('notes') or () if str(note).startswith(IMG_MODE_NOTE)]
+    mode = mode or (notes[-1].removeprefix(IMG_MODE_NOTE) if notes else IMG_MODES.get(model.in_chans))
     if mode is None:
         raise ValueError(
             f'a model of {model.in_chans} channels takes no image files, which have 1 to 4; call it with tensors')

@@ -16,6 +16,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import split_model_name_tag
 
+from ..images.datasets import IMG_MODE_NOTE
 from ..models.backbone import supervit
 from ..models.eva import SuperEva
 from ..models.lvvit import SuperLVViT
@@ -155,7 +156,7 @@ def model_of(
         config = resolve_data_config({**data_settings, 'in_chans': created.in_chans}, model=created)
         created.pretrained_cfg.update({key: config[key] for key in data_settings})
         if mode := checkpoint.args.get('input_img_mode'):
-            created.pretrained_cfg['input_img_mode'] = mode
+            created.pretrained_cfg['notes'] = (*(created.pretrained_cfg.get('notes') or ()), f'{IMG_MODE_NOTE}{mode}')
     args = checkpoint.args if trained_model else None
     unnamed = _name_classes(created, class_names, args) if name_classes else ''
     created.source = checkpoint.source(name, unnamed, trained_data(args) if args else None)

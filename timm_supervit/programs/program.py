@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..images.datasets import IMG_MODE_NOTE
 from ..results.files import check_regular
 from ..results.fingerprint import Source
 from ..subnets import Size, Subnet, check_img_size, format_size, size_2d
@@ -67,8 +68,8 @@ class Program:
         in_chans: Channels of the images.
         num_classes: Number of logits.
         class_names: Names of the classes, where they are known.
-        pretrained_cfg: How images are prepared, as in timm: input_size, interpolation, crop_pct, crop_mode, mean, std,
-            and Pillow's input_img_mode; and ``label_names``, by which data sets call the classes.
+        pretrained_cfg: How images are prepared, as in timm: input_size, interpolation, crop_pct, crop_mode, mean, std;
+            and under what names data sets have its classes, ``label_names``.
         network: Which network it computes, see ``fingerprint``.
         device: Device that it runs on.
     """
@@ -93,7 +94,10 @@ class Program:
             self.class_names: list[str] | None = facts['class_names']
             self.pretrained_cfg: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value
-                for key, value in facts['preprocessing'].items()} | {'label_names': facts.get('label_names')}
+                for key, value in facts['preprocessing'].items()}
+            self.pretrained_cfg['label_names'] = facts.get('label_names')
+            if mode := self.pretrained_cfg.pop('input_img_mode', None):
+                self.pretrained_cfg['notes'] = (f'{IMG_MODE_NOTE}{mode}',)
             self.network: dict[str, Any] = facts['network']
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(

@@ -86,8 +86,12 @@ class FollowedTransform:
                 'label maps cannot follow AugMix, which blends several moves of an image; use auto_augment="rand-..." '
                 'or a policy of AutoAugment')
         crop, *steps = (_follow(step) if isinstance(step, (RandAugment, AutoAugment)) else step for step in steps)
-        to_tensor = (i for i, step in enumerate(steps) if isinstance(step, (ToTensor, MaybePILToTensor)))
-        steps.insert(next(to_tensor, len(steps)), crop)
+        to_tensor = [i for i, step in enumerate(steps) if isinstance(step, (ToTensor, MaybePILToTensor))]
+        if not to_tensor:  # the first of the parts into which timm takes it for splits
+            raise ValueError(
+                f'label maps cannot follow the splits of a batch, which move one image in several ways, nor another '
+                f'transform that ends before the image is a tensor, as {transform}; leave out --aug-splits')
+        steps.insert(to_tensor[0], crop)
         self.steps = steps
 
     def __call__(self, image: Any) -> MovedImage:

@@ -131,8 +131,13 @@ class SuperViTTask(ClassificationTask):
 
         Raises:
             FloatingPointError: If a loss since the last log line is not finite; the message names the subnet.
-            ValueError: If the batch is empty, or the criterion does not return one number.
+            ValueError: If the batch is empty, the target has labels of tokens, or the criterion does not return one
+                number.
         """
+        if target.ndim > 2:
+            raise ValueError(
+                f'target of shape {tuple(target.shape)} has labels of tokens, which only LV-ViT learns; train one, as '
+                f'supervit_lvvit_tiny, or leave out --dataset label_maps')
         subnets = self.sample_subnets()
         outputs = self.run_subnets(input, subnets)
         return self.add_up(subnets, outputs, lambda logits: self.criterion_loss(logits, target))
