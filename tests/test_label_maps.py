@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.transforms_factory import create_transform
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.task import ClassificationTask
 from torchvision.transforms import Compose
 
 from timm_supervit import LabelMapDataset
@@ -238,3 +241,29 @@ def test_a_label_map_that_is_not_finite_is_named(quarters: LabelMapDataset, valu
     torch.save(label_map, path)
     with pytest.raises(ValueError, match=r'class0/0\.pt .*not finite'):
         quarters[0]
+
+
+@pytest.mark.parametrize('how', [dict(mixup_alpha=0.8), dict(mixup_alpha=0., cutmix_alpha=1.), dict(mode='elem')])
+def test_mixing_them_is_refused(quarters: LabelMapDataset, how: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='--mixup, --cutmix'):
+        load_batch(quarters, collate_fn=FastCollateMixup(num_classes=10, **how))
+    images, target = load_batch(quarters, use_prefetcher=False)
+    with pytest.raises(ValueError, match='--mixup, --cutmix'):
+        Mixup(num_classes=10, **how)(images, target)
+    mixed = Mixup(num_classes=10, prob=1., **how)(images, torch.arange(8))[1]  # labels of images are mixed as before
+    assert mixed.shape == (8, 10) and mixed.sum(dim=1).allclose(torch.ones(8))
+
+
+def test_splits_of_a_batch_are_refused(quarters: LabelMapDataset) -> None:
+    with pytest.raises(ValueError, match='--aug-splits'):
+        load_batch(AugMixDataset(quarters, num_splits=3), num_aug_splits=3, auto_augment='rand-m9')
+
+
+@pytest.mark.parametrize('name', ['supervit_tiny', 'vit_tiny_patch16_224'])
+def test_another_network_than_lvvit_says_that_it_does_not_learn_them(quarters: LabelMapDataset, name: str) -> None:
+    settings: dict[str, Any] = dict(img_sizes=(48,), drop_layers=(1,)) if name == 'supervit_tiny' else dict(img_size=48)
+    model = timm.create_model(name, num_classes=10, embed_dim=24, depth=2, num_heads=2, **settings)
+    for criterion in (torch.nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy(), SoftTargetCrossEntropy()):
+        task = ClassificationTask(model, criterion, verbose=False)
+        with pytest.raises(ValueError, match=r'supervit_lvvit_.* leave out --dataset label_maps'):
+            task(*load_batch(quarters))

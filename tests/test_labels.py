@@ -3,6 +3,7 @@ import argparse
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,23 @@ def test_imagenet_is_known_by_identifiers_and_by_words(knowing, tmp_path):
     whole = Words([words[i] for i in (0, 7, 999)], 5)
     model.pretrained_cfg['label_names'] = synsets
     assert active(evaluate(model, whole, workers=0)) == count_pairs(model, whole, (0, 7, 999))
+
+
+def test_a_class_map_that_is_given_numbers_leaves_out_and_joins_folders_as_in_timm(knowing, tmp_path):
+    folder = make_images(tmp_path / 'fruit', (*NAMES, 'fig'), ('validation',))
+    (tmp_path / 'some.txt').write_text('fig\ndate\n')
+    (tmp_path / 'joined.pkl').write_bytes(pickle.dumps({'apple': 1, 'cherry': 1, 'elder': 0}))
+    for file in ('some.txt', 'joined.pkl'):
+        for model in (knowing((), 2), knowing((), 5), knowing(('one', 'other'))):
+            pairs = timm.data.create_dataset('', folder, class_map=str(tmp_path / file))
+            found = evaluate(model, open_dataset(str(folder), class_map=str(tmp_path / file)), workers=0)
+            assert found.rows[0]['count'] == len(pairs) < 48
+            assert active(found) == count_pairs(model, pairs, range(5))
+    with pytest.raises(ValueError, match=r"the number 1, and the model has 1 classes"):
+        evaluate(knowing((), 1), open_dataset(str(folder), class_map=str(tmp_path / 'joined.pkl')), workers=0)
+    foreign = make_images(tmp_path / 'foreign', ('x', 'y'), ('validation',))
+    with pytest.raises(ValueError, match='--class-map'):
+        open_dataset(str(foreign), class_map=str(tmp_path / 'some.txt'))
 
 
 class Words(Dataset):

@@ -335,6 +335,26 @@ def test_train_py_learns_what_label_maps_say(photographs, tmp_path, processes, l
 
 
 @needs_scripts
+@pytest.mark.parametrize(('model', 'options', 'remedy'), [
+    ('supervit_lvvit_tiny', ['--mixup', '0.8'], '--mixup'),
+    ('supervit_lvvit_tiny', ['--cutmix', '1.0', '--no-prefetcher'], '--cutmix'),
+    ('supervit_tiny', ['--cutmix', '1.0', '--workers', '1'], '--cutmix'),
+    ('supervit_lvvit_tiny', ['--aug-splits', '3', '--aa', 'augmix-m5', '--jsd-loss'], '--aug-splits'),
+    ('supervit_tiny', [], '--dataset label_maps'),
+])
+def test_train_py_stops_at_the_start_where_label_maps_cannot_be_learned(photographs, tmp_path, model, options, remedy):
+    result = subprocess.run(
+        [sys.executable, Path(TIMM_SCRIPTS, 'train.py'), '--model', model, '--num-classes', '3', '--data-dir',
+         photographs, '--dataset', f'label_maps/{write_label_maps(photographs, tmp_path)}', '--output', tmp_path,
+         '--experiment', 'run', *FEW, *SMALL_NETWORK, *options],
+        capture_output=True, text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'})
+    assert result.returncode != 0
+    assert remedy in result.stderr.strip().splitlines()[-1]
+    assert 'leave out' in result.stderr.strip().splitlines()[-1]
+    assert 'Train: 0 [' not in result.stderr
+
+
+@needs_scripts
 @pytest.mark.parametrize('name', recipe_names())
 def test_a_recipe_as_printed_runs_through_train_py(name, photographs, tmp_path):
     printed = CliRunner().invoke(main, ['recipe', name]).output
