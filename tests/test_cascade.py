@@ -197,8 +197,9 @@ def test_stages_and_thresholds_may_be_arrays(small_model: Any) -> None:
 def test_a_model_that_is_no_classifier_is_refused(small_model: Any) -> None:
     with pytest.raises(TypeError, match='not of a Linear'):
         Cascade(torch.nn.Linear(2, 2), [(32, 1.0), (64, 1.0)], [0.9])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='always sure'):
-        Cascade(small_model(num_classes=1), [(32, 1.0), (64, 1.0)], [0.9])
+    for num_classes in (0, 1):
+        with pytest.raises(ValueError, match=f'num_classes {num_classes}.*2 or more'):
+            Cascade(small_model(num_classes=num_classes), [(32, 1.0), (64, 1.0)], [0.9])
 
 
 def write(path: Any, model: Any, **changes: Any) -> Any:

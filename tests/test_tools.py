@@ -17,7 +17,7 @@ from PIL import Image
 from processes import run_ranks
 
 import timm_supervit
-from timm_supervit import Subnet
+from timm_supervit import Cascade, Subnet
 from timm_supervit.cli import main
 from timm_supervit.images.datasets import open_dataset
 from timm_supervit.results.files import check_output_folder, fill_folder
@@ -25,10 +25,12 @@ from timm_supervit.results.fingerprint import fingerprint
 from timm_supervit.results.pictures import draw_operating_points
 from timm_supervit.results.rows import COLUMNS, Results, load_results, save_results
 from timm_supervit.tools import export as export_tool
+from timm_supervit.tools.cascade import calibrate
 from timm_supervit.tools.choose import best_subnet, front_of, merge_results
 from timm_supervit.tools.convert import convert
 from timm_supervit.tools.evaluate import evaluate
 from timm_supervit.tools.export import export
+from timm_supervit.tools.predict import predict
 from timm_supervit.tools.profile import count_macs, profile
 from timm_supervit.tools.visualize import visualize
 
@@ -42,7 +44,7 @@ def write_text(path, text):
 
 def make_model(**kwargs):
     torch.manual_seed(0)
-    model = timm.create_model('supervit_digits', num_classes=CLASSES, **kwargs)
+    model = timm.create_model('supervit_digits', **{'num_classes': CLASSES, **kwargs})
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)  # as initialized, all images would get the same class
@@ -453,6 +455,17 @@ def test_evaluation_leaves_the_mode_of_the_model_and_takes_the_subnets_asked_for
     assert model.training
     with pytest.raises(ValueError, match='img_size 17 is none of img_sizes'):
         evaluate(model, eleven, [(17, 0.7)], workers=0)
+
+
+@pytest.mark.parametrize('settings', [dict(num_classes=0), dict(num_classes=1), dict(global_pool='')])
+def test_a_network_without_classes_has_no_accuracy_and_predicts_nothing(eleven, tmp_path, settings):
+    model = make_model(**settings)
+    for run in (lambda: evaluate(model, eleven, workers=0), lambda: calibrate(model, eleven, workers=0),
+                lambda: predict(model, eleven, output=tmp_path / 'predictions.jsonl'),
+                lambda: Cascade(model, [(12, 0.3), (16, 0.7)], [0.9])):
+        with pytest.raises(ValueError, match=r'(num_classes [01]|global_pool).*2 or more'):
+            run()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('workers', [0, 1])

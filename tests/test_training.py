@@ -232,6 +232,20 @@ def run_train_py(data, *options, launcher=()):
 
 
 @needs_scripts
+def test_train_py_trains_by_each_of_its_criteria_and_refuses_one_class_at_the_start(image_folder):
+    for criterion in (['--bce-loss', '--bce-sum'], ['--bce-loss', '--bce-target-thresh', '0.2', '--mixup', '0.2'],
+                      ['--jsd-loss', '--aug-splits', '3', '--aa', 'rand-m9-mstd0.5']):
+        train = run_train_py(image_folder, '--log-interval', '1', *criterion)
+        assert train.returncode == 0, train.stderr[-2000:]
+        rows = re.findall(r', distill (\S+) \(', train.stderr)
+        assert rows and all(float(loss) > 0 for loss in rows)
+    train = run_train_py(image_folder, '--num-classes', '1')
+    assert train.returncode != 0
+    assert re.search(r'ValueError: .*num_classes=1\b.*MSELoss', train.stderr)
+    assert 'Train: 0' not in train.stderr
+
+
+@needs_scripts
 def test_train_py_super_trains_under_torchrun_and_validate_py_reads_the_result_at_any_subnet(image_folder):
     train = run_train_py(
         image_folder, '--grad-accum-steps', '2', '--clip-grad', '1', '--model-ema', '--drop-path', '0.1',

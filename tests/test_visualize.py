@@ -94,6 +94,20 @@ def test_the_rows_say_how_many_patches_are_left_after_each_block(model, photo):
     assert len(pictures) == 1
 
 
+@pytest.mark.parametrize('settings', [dict(num_classes=0), dict(num_classes=1), dict(global_pool='')])
+@pytest.mark.parametrize('name', ['supervit_digits', 'supervit_lvvit_tiny'])
+def test_a_network_without_classes_is_drawn_and_predicts_nothing(photo, name, settings):
+    shape = dict(img_sizes=(12, 24), patch_size=4, embed_dim=48, depth=3, num_heads=4, drop_layers=(1, 2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, **shape, **settings).eval()
+    results, (picture,) = visualize(model, [photo], [(24, 0.5)])
+    row, = results.rows
+    assert (row['prediction'], row['probability'], row['kept']) == (None, None, {1: 19, 2: 10})
+    caption, = (text.get_text() for part in picture.subfigs for text in part.texts)
+    assert '%' not in caption and 'class' not in caption
+
+
 @pytest.fixture
 def arguments(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'model.pth')

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .results.files import check_regular
 from .results.fingerprint import Source, differing, fingerprint, source_of
-from .runner import SubnetRunner
+from .runner import SubnetRunner, check_predicts
 from .subnets import Size, Subnet, check_subnet, plain_numbers
 
 NUM_STAGES = (2, 3, 4)
@@ -84,13 +84,13 @@ class Cascade(nn.Module):
 
         Raises:
             TypeError: If the model runs no subnets.
-            ValueError: If the stages or thresholds are no such ones; the message says what would be right.
+            ValueError: If the stages or thresholds are no such ones, or the model has no two classes; the message says
+                what would be right.
         """
         super().__init__()
         if not hasattr(model, 'forward_subnets') or isinstance(model, Cascade):
             raise TypeError(f'a cascade runs subnets of a SuperViT, not of a {type(model).__name__}')
-        if model.num_classes < 2:
-            raise ValueError(f'a model of num_classes {model.num_classes} is always sure; a cascade needs 2 or more')
+        check_predicts(model)
         self.model: Any = model
         self.img_sizes, self.in_chans, self.num_classes = model.img_sizes, model.in_chans, model.num_classes
         self.pretrained_cfg = model.pretrained_cfg

@@ -60,6 +60,21 @@ class SubnetRunner(Protocol):
         """Return the logits [B, num_classes] of several subnets on one batch."""
 
 
+def predicts(model: Any) -> bool:
+    """Return whether a model has classes to choose from, and does not give features, one number or all its tokens."""
+    pool = model.network.get('global_pool') if hasattr(model, 'network') else model.global_pool
+    return model.num_classes > 1 and pool != ''
+
+
+def check_predicts(model: SubnetRunner) -> None:
+    """Refuse a model of which ``predicts`` is False."""
+    if not predicts(model):
+        what = f'num_classes {model.num_classes}' if model.num_classes < 2 else 'global_pool \'\''
+        raise ValueError(
+            f'a model of {what} has no classes to choose from for an image, so it predicts none and has no accuracy; '
+            f'give one of 2 or more, and of pooled tokens')
+
+
 def setting_of(model: SubnetRunner, precision: str = 'float32', runtime: str = 'eager') -> dict[str, str]:
     """Return the precision and runtime that a model runs in, which are an exported file's own."""
     return {'precision': precision, 'runtime': runtime} | model.fixed_setting

@@ -23,7 +23,7 @@ from ..images.datasets import DEFAULT_WORKERS, Images, count_common, create_eval
 from ..images.passes import bad_images, check_complete, check_finite, evaluation_mode, inference
 from ..results.fingerprint import fingerprint, source_of
 from ..results.rows import Results, Row, difference, is_int8, pareto_front, subnet_of
-from ..runner import SubnetRunner, setting_of
+from ..runner import SubnetRunner, check_predicts, setting_of
 from ..subnets import Subnet
 from . import Progress, silent
 from .choose import merge_results
@@ -190,6 +190,7 @@ def calibrate(
             too few images or subnets, or no cascade fits.
     """
     check_goal(macs, latency_ms, accuracy, profile, where)
+    check_predicts(model)
     report_images = open_images(images, model)
     others = None if calibration_images is None else open_images(calibration_images, model)
     if others and (common := count_common(report_images.dataset, others.dataset)):

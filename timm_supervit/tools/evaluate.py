@@ -20,7 +20,7 @@ from ..loading.checkpoints import read_checkpoint
 from ..loading.load import check_no_model_folder, load_weights, model_of
 from ..results.fingerprint import source_of
 from ..results.rows import Results, Row, results_of, subnet_of
-from ..runner import SubnetRunner, setting_of
+from ..runner import SubnetRunner, check_predicts, setting_of
 from ..subnets import Size
 from . import Progress, silent
 
@@ -59,7 +59,7 @@ def evaluate(
     Raises:
         OSError: If an image cannot be read and ``skip_bad_images`` is False; the message names it.
         RuntimeError: If a subnet's logits are not finite; the message names it.
-        ValueError: If a class is none of the model's, or there is no such subnet.
+        ValueError: If a class is none of the model's, it has no two, or there is no such subnet.
     """
     images = open_images(images, model)
     with evaluation_mode(model):
@@ -78,6 +78,7 @@ def _count(
         progress: Progress = silent,
 ) -> tuple[list[Row], bool, list[str]]:
     """Return the rows of ``evaluate``, whether they are partial, and which images were skipped."""
+    check_predicts(model)
     macs = model.subnet_macs(subnets)  # first of all, since it checks the subnets
     chosen = list(macs)
     is_distributed = dist.is_available() and dist.is_initialized()

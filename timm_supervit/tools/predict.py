@@ -32,7 +32,7 @@ from ..loading.class_names import shown_class_names
 from ..programs.program import Program, checksum
 from ..results.files import check_output_folder, check_regular, fill_folder, lock_file, unlock_file
 from ..results.fingerprint import fingerprint
-from ..runner import SubnetRunner
+from ..runner import SubnetRunner, check_predicts
 from ..subnets import Size
 from . import Progress, silent
 
@@ -96,8 +96,9 @@ def predict(
     Raises:
         OSError: If there are no images, the file cannot be written, or another process writes to it.
         RuntimeError: If logits are not finite.
-        ValueError: If there is no such subnet, or the file holds other predictions.
+        ValueError: If there is no such subnet, the model has no two classes, or the file holds other predictions.
     """
+    check_predicts(model)
     if not isinstance(images, Images):
         images = find_images([images] if isinstance(images, str | os.PathLike) else images)
     network: Any = model.model if isinstance(model, Cascade) else model

@@ -20,6 +20,7 @@ from ..models.supervit import SuperViT, resize_images
 from ..results.files import check_regular
 from ..results.pictures import plain_text
 from ..results.rows import Results, column_of, results_of
+from ..runner import predicts
 from ..subnets import Size, Subnet, format_size
 
 _MASK_COLOR, _MASK_OPACITY = 0.93, 0.85  # light, as on paper; what was dropped shines through
@@ -30,7 +31,8 @@ class Visualization(NamedTuple):
     """What subnets predict and keep.
 
     Attributes:
-        results: One row for each image and subnet: the prediction, and how many patches are left after each block.
+        results: One row for each image and subnet: the prediction, if the model has classes to choose from, and how
+            many patches are left after each block.
         pictures: Pictures of that, of four rows at most.
     """
 
@@ -74,8 +76,8 @@ class KeptTokens(NamedTuple):
         title: Name of the image.
         subnet: The subnet.
         macs: Its multiply-accumulates for one image.
-        prediction: Name of the class that it predicts.
-        probability: Probability of that class, in [0, 1].
+        prediction: Name of the class that it predicts; None for a model without classes.
+        probability: Probability of that class, in [0, 1]; None as for ``prediction``.
         image: The image at the subnet's size, values in [0, 1] [H, W, C].
         kept: For each block that drops tokens, whether each patch is left after it [grid, grid].
     """
@@ -83,8 +85,8 @@ class KeptTokens(NamedTuple):
     title: str
     subnet: Subnet
     macs: int
-    prediction: str
-    probability: float
+    prediction: str | None
+    probability: float | None
     image: np.ndarray
     kept: dict[int, np.ndarray]
 
@@ -134,13 +136,15 @@ def find_kept_tokens(
     for subnet, cost in macs.items():
         logits = model(x, **subnet._asdict())
         check_finite([logits], [subnet])
-        probability, index = logits.softmax(dim=1).max(dim=1)
+        prediction = probability = None
+        if predicts(model):
+            best, index = logits.softmax(dim=1).max(dim=1)
+            prediction, probability = names[int(index)], best.item()
         pixels = (resize_images(x, subnet.img_size, model.in_chans)[0].cpu() * std + mean).clamp(0, 1)  # [C, H, W]
         if img_mode(model) not in ('L', 'RGB'):
             pixels = to_tensor(to_pil_image(pixels, img_mode(model)).convert('RGB'))
         kept_tokens.append(KeptTokens(
-            title, subnet, cost, names[int(index)], probability.item(),
-            pixels.permute(1, 2, 0).numpy(),
+            title, subnet, cost, prediction, probability, pixels.permute(1, 2, 0).numpy(),
             {block: _to_grid(patches[0].cpu(), model.grid_size(subnet.img_size))
              for block, patches in model.kept_patches(x, **subnet._asdict()).items()},
         ))
@@ -174,10 +178,10 @@ def draw_kept_tokens(kept_tokens: Sequence[KeptTokens]) -> Figure:
 
 def _caption(row: KeptTokens) -> str:
     cost = column_of([{'macs': row.macs}], 'macs')
+    prediction = '' if row.probability is None else f': {row.prediction} ({row.probability:.0%})'
     return (
         f'{f"{row.title}, " if row.title else ""}size {format_size(row.subnet.img_size)}, '
-        f'keep rate {row.subnet.keep_rate:g}: {row.prediction} ({row.probability:.0%}) '
-        f'at {cost.text(row.macs)} {cost.unit}MACs')
+        f'keep rate {row.subnet.keep_rate:g}{prediction} at {cost.text(row.macs)} {cost.unit}MACs')
 
 
 def _mask(image: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from ..models.supervit import SuperViT, find_supervit
 from ..subnets import Size, Subnet
+from .distillation import Loss, choose_distillation
+from .distillation import distillation_loss as distillation_loss  # where it has been imported from
 
 _logger = logging.getLogger(__name__)
 
@@ -38,18 +39,6 @@ class SubnetLoss(NamedTuple):
     loss: Tensor
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return KL(softmax(teacher) || softmax(logits)), summed over classes and averaged over the batch.
-
-    Args:
-        logits: The student's logits [B, classes].
-        teacher_logits: The teacher's logits [B, classes]; no gradient flows into them.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)  # autocast on a CPU would stay in half precision
-    student, teacher = (x.log_softmax(dim=-1, dtype=dtype) for x in (logits, teacher_logits.detach()))
-    return F.kl_div(student, teacher, reduction='batchmean', log_target=True)
-
-
 class SuperViTTask(ClassificationTask):
     """Trains all subnets of a SuperViT at once.
 
@@ -62,7 +51,8 @@ class SuperViTTask(ClassificationTask):
     - ``active``: the active subnet learns from the labels, as any timm model.
 
     That network is the one of their own size with ``distill_teacher='own_size'``, as in the paper and the official DeiT
-    loop, or (S, 1.0) for all with ``largest_size``, as in the official LV-ViT loop.
+    loop, or (S, 1.0) for all with ``largest_size``, as in the official LV-ViT loop. How depends on the criterion, see
+    ``choose_distillation``.
 
     The draws come from a generator of the task's own, seeded from torch's seed. It is the same on every rank and part
     of the checkpoint. Evaluation, EMA and checkpoints see the plain model.
@@ -83,8 +73,13 @@ class SuperViTTask(ClassificationTask):
             model: A SuperViT.
             *args: As for ``ClassificationTask``.
             **kwargs: As for ``ClassificationTask``.
+
+        Raises:
+            ValueError: If subnets learn from others, and it is not known how with this criterion and number of classes.
         """
         super().__init__(model, *args, **kwargs)
+        if self.model.train_subnets != 'active' and self.model.keep_rates[0] < 1:
+            self.choose_distillation()
         self.draws = random.Random(torch.initial_seed())
         self._sums: dict[tuple[str, Subnet], tuple[Tensor, int]] = {}  # of the losses since the last log line
         self._num_steps = 0
@@ -99,6 +94,10 @@ class SuperViTTask(ClassificationTask):
     def model(self) -> SuperViT:
         """The SuperViT without wrappers."""
         return cast(SuperViT, find_supervit(self.trainable_module))
+
+    def choose_distillation(self) -> Loss:
+        """Return the loss by which one subnet learns from the logits of another, see ``distillation.py``."""
+        return choose_distillation(self.criterion, self.model.num_classes)
 
     def sample_subnets(self) -> list[Subnet]:
         """Draw the subnets of one step, each size's network that keeps all tokens before those that learn from it."""
@@ -162,15 +161,23 @@ class SuperViTTask(ClassificationTask):
             subnets: Sequence[Subnet],
             outputs: Sequence[Tensor],
             label_loss: Callable[[Tensor], Tensor],
+            distill: Loss | None = None,
     ) -> dict[str, Any]:
-        """Return what a step returns; ``label_loss(logits)`` is the loss of a subnet that learns from the labels."""
+        """Return what a step returns.
+
+        Args:
+            subnets: The subnets.
+            outputs: The logits of each [B, classes].
+            label_loss: Returns the loss of the logits of a subnet that learns from the labels.
+            distill: As from ``choose_distillation`` (default: that).
+        """
         teachers: dict[Size, Tensor] = {}
         losses, roles = [], []
         for subnet, logits in zip(subnets, outputs, strict=True):
             if subnet.img_size in teachers:
                 teacher = teachers[subnet.img_size] if self.model.distill_teacher == 'own_size' else outputs[0]
                 roles.append('distill')
-                losses.append(distillation_loss(logits, teacher))
+                losses.append((distill or self.choose_distillation())(logits, teacher))
             else:
                 roles.append('label')
                 losses.append(label_loss(logits))

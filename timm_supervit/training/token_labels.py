@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.lvvit import SuperLVViT
 from ..models.mix_token import box_share, draw_box
+from .distillation import distillation_loss
 from .task import SuperViTTask
 
 
@@ -74,7 +75,8 @@ class TokenLabelTask(SuperViTTask):
                 loss = model.cls_weight * loss + model.dense_weight * token_loss
             return loss
 
-        return self.add_up(subnets, [first, *others], label_loss)
+        distill = distillation_loss if target.ndim == 3 else None  # of the form of the criterion that these labels have
+        return self.add_up(subnets, [first, *others], label_loss, distill)
 
     def _check_target(self, input: Tensor, target: Tensor, num_patches: int, keep_rate: float) -> None:
         shapes = [(len(input),), (len(input), self.model.num_classes)]
