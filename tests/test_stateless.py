@@ -4,12 +4,14 @@ import warnings
 from typing import Any
 
 import pytest
+import timm
 import torch
 from comparing import EXACT, run_subnet
 from parity import list_grid
+from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from timm_supervit import Subnet
+from timm_supervit import Cascade, Subnet
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -40,6 +42,39 @@ def test_images_of_a_size_that_is_not_in_the_grid_are_one_warning(small_model: A
             model(torch.zeros(1, 3, size, size))
     with pytest.warns(UserWarning, match='every subnet resizes them'):
         model.forward_subnets(x, model.subnets)
+
+
+OTHER_CALLS: dict[str, Any] = {
+    'features': lambda model, x: model.forward_features(x),
+    'several subnets': lambda model, x: model.forward_features_subnets(x, model.subnets),
+    'intermediates': lambda model, x: model.forward_intermediates(x),
+    'layers': lambda model, x: model.get_intermediate_layers(x, n=2),
+    'kept patches': lambda model, x: model.kept_patches(x),
+    'one rate': lambda model, x: model.kept_patches(x, keep_rate=0.6),
+    'a cascade': lambda model, x: Cascade(model, [(32, 0.6), (64, 1.0)], [0.9])(x),
+    'a cascade that goes on': lambda model, x: Cascade(model, [(64, 0.6), (64, 1.0)], [0.9])(x),
+}
+
+
+@pytest.mark.parametrize('call', OTHER_CALLS)
+@pytest.mark.parametrize('name', ['supervit_tiny', 'supervit_lvvit_small'])
+def test_every_call_says_that_images_of_another_size_are_resized(small_model: Any, name: str, call: str) -> None:
+    model = small_model(name, dynamic_img_size=True)  # by which timm's ViT runs at the size of the images
+    with pytest.warns(UserWarning, match=r'64 x 72 .*\(32, 48, 64\).* resizes them') as caught:
+        OTHER_CALLS[call](model, torch.zeros(1, 3, 64, 72))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        OTHER_CALLS[call](model, torch.zeros(1, 3, 48, 48))
+
+
+def test_features_and_token_labels_say_so_too(small_model: Any) -> None:
+    features = timm.create_model('supervit_digits', features_only=True, dynamic_img_size=True)
+    with pytest.warns(UserWarning, match='28 x 32'):
+        assert features(torch.zeros(1, 3, 28, 32))[-1].shape[-2:] == (6, 6)
+    task = ClassificationTask(small_model('supervit_lvvit_small').train(), nn.CrossEntropyLoss(), verbose=False)
+    with pytest.warns(UserWarning, match='40 x 40'):
+        task(torch.zeros(2, 3, 40, 40), torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize('call', ['forward', 'forward_subnets', 'forward_intermediates', 'kept_patches'])

@@ -190,6 +190,8 @@ class Cascade(nn.Module):
         thresholds = [*self.thresholds, 0.]
         if img_size is not None or keep_rate is not None:
             thresholds = [2.] * self._index((img_size, keep_rate)) + [0.]  # of which no probability reaches the first
+        elif warn := getattr(self.model, 'warn_of_other_size', None):  # an exported file has none
+            warn(images, 'every stage')
         continuations = self._continuations()
         indices = torch.arange(len(images), device=images.device)  # of the images that have not stopped yet
         shared: dict[int, Any] = {}  # by stage, the tokens that it goes on from

@@ -243,7 +243,7 @@ def preprocessing(model: Any) -> dict[str, Any]:
 
     A model of one channel has ``pretrained_cfg`` of three where it was created with ``in_chans=1``.
     """
-    config = resolve_data_config({}, model=model, use_test_size=True)
+    config = resolve_data_config({}, pretrained_cfg=model.pretrained_cfg, use_test_size=True)
     config['input_size'] = (model.in_chans, *config['input_size'][1:])
     for key in ('mean', 'std'):
         if len(config[key]) != model.in_chans:

@@ -309,12 +309,15 @@ class SuperViT(BeforeTimm):
 
     def _read_call(
             self,
+            x: Tensor,
             attn_mask: Tensor | None,
             is_causal: bool,
             img_size: Size | None,
             keep_rate: float | None,
     ) -> tuple[Subnet, dict[int, int], dict[str, Any]]:
         """Return the subnet that a call asks for, its schedule, and the arguments of blocks that drop nothing."""
+        if not _is_given(img_size):
+            self.warn_of_other_size(x)
         if _is_given(attn_mask) and not isinstance(attn_mask, Tensor):
             raise TypeError(
                 f'attn_mask {attn_mask!r} is no tensor; a subnet is named, as in model(x, img_size=160, keep_rate=0.7)')
@@ -329,16 +332,18 @@ class SuperViT(BeforeTimm):
                 f'subnet {subnet} drops tokens, which attn_mask and is_causal cannot follow; use keep_rate=1.0')
         return subnet, schedule, dict(attn_mask=attn_mask, is_causal=is_causal) if masked else {}
 
-    def _warn_of_other_size(self, x: Tensor, subnets: Any) -> None:
-        # Whoever asks timm's scripts for --img-size 256 may think that this is the size that runs.
-        if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+    def warn_of_other_size(self, x: Tensor, runs: str | None = None) -> None:
+        """Warn where images are of no size of the grid; ``runs`` says what resizes them (default: the active one)."""
+        # Whoever asks timm's scripts for --img-size 256, or create_model for dynamic_img_size, may think that this is
+        # the size that runs.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
             return
         if any(x.shape[-2:] == size_2d(size) for size in self.img_sizes):
             return
-        runs = 'every subnet resizes them' if subnets is not None else f'the active subnet {self.subnet} resizes them'
         warnings.warn(
             f'images of {" x ".join(map(str, x.shape[-2:]))} pixels are of none of img_sizes {self.img_sizes}, and '
-            f'{runs}; choose another subnet with --model-kwargs img_size=, model.subnet, or in the call', stacklevel=3)
+            f'{runs or f"the active subnet {self.subnet}"} resizes them; choose another subnet with --model-kwargs '
+            f'img_size=, model.subnet, or in the call', stacklevel=3)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as any module does, but all of them or, with an error, none; see ``models/weights.py``."""
@@ -496,7 +501,7 @@ class SuperViT(BeforeTimm):
             ValueError: If there is no such subnet, the images have another number of channels, or a mask is given to a
                 subnet that drops tokens.
         """
-        subnet, schedule, masks = self._read_call(attn_mask, is_causal, img_size, keep_rate)
+        subnet, schedule, masks = self._read_call(x, attn_mask, is_causal, img_size, keep_rate)
         return self.norm(self.run_blocks(self.embed(x, subnet.img_size), schedule, **masks).x)
 
     def forward(
@@ -517,8 +522,6 @@ class SuperViT(BeforeTimm):
         """
         if torch.compiler.is_compiling():
             allow_recompilation_in_graph()
-        elif not _is_given(img_size):
-            self._warn_of_other_size(x, subnets)
         if subnets is not None and _is_given(subnets):
             with_patches = [self.head_reads_patches] * len(subnets)
             return [self.forward_head(tokens) for tokens in self.forward_features_subnets(x, subnets, with_patches)]
@@ -561,6 +564,7 @@ class SuperViT(BeforeTimm):
         Raises:
             ValueError: If one of them is no subnet of this model, or the images have another number of channels.
         """
+        self.warn_of_other_size(x, 'every subnet')
         checked = [pair if isinstance(pair, Subnet) else check_subnet(pair, self.img_sizes) for pair in subnets]
         with_patches = [True] * len(checked) if with_patches is None else with_patches
         passes = [subnet.img_size if self.share_prefix else i for i, subnet in enumerate(checked)]
@@ -638,7 +642,7 @@ class SuperViT(BeforeTimm):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt {output_fmt!r} is unknown; use NCHW or NLC')
-        subnet, schedule, masks = self._read_call(attn_mask, is_causal, img_size, keep_rate)
+        subnet, schedule, masks = self._read_call(x, attn_mask, is_causal, img_size, keep_rate)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         tokens = self.embed(x, subnet.img_size)
         num_prefix, grid_size = self.num_prefix_tokens, self.grid_size(subnet.img_size)
@@ -673,7 +677,7 @@ class SuperViT(BeforeTimm):
         Returns:
             For each dropping block, the indices of the kept patches in the subnet's grid, row-major, best first [B, K].
         """
-        subnet, schedule, _ = self._read_call(None, False, img_size, keep_rate)
+        subnet, schedule, _ = self._read_call(x, None, False, img_size, keep_rate)
         num_prefix, kept = self.num_prefix_tokens, {}
         for i, (tokens, _) in enumerate(self._trace_blocks(self.embed(x, subnet.img_size), schedule)):
             if i in schedule:
@@ -750,10 +754,12 @@ def _check_attn_layer(attn_layer: Any) -> Any:
 
 def linear_macs(module: nn.Module) -> int:
     """Return the multiply-accumulates of a module's linear layers and convolutions for one token, adapters included."""
-    # PEFT keeps the original of a layer that it trains as a whole, and does not run it.
-    return sum(
-        m.weight.numel() for name, m in module.named_modules()
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and 'original_module' not in name.split('.'))
+    # PEFT keeps the original of a layer that it trains as a whole, and does not run it. What quantize_dynamic makes of
+    # a linear layer is none, and its weight a method.
+    layers = [m for name, m in module.named_modules() if 'original_module' not in name.split('.')]
+    return (
+        sum(m.weight.numel() for m in layers if isinstance(m, (nn.Linear, nn.Conv2d)))
+        + sum(m.in_features * m.out_features for m in layers if callable(getattr(m, 'weight', None))))
 
 
 def _fill_in(dense: Tensor, tokens: Tokens) -> Tensor:

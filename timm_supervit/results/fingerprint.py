@@ -54,6 +54,7 @@ def fingerprint(model: Any, weights: bool = True) -> dict[str, Any]:
     """
     if hasattr(model, 'network'):
         return model.network if weights else {**model.network, 'weights': None}
+    model = getattr(model, '_orig_mod', model)  # what torch.compile wraps
     config: Any = model.pretrained_cfg
     block: Any = model.blocks[0]
     return {
@@ -83,12 +84,14 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def _digest_modules(model: 'nn.Module') -> str:
     from torch import nn
 
-    # Without what does nothing in evaluation, such as the drop paths of a network that was saved in training.
+    # Without what does nothing in evaluation, such as the drop paths of a network that was saved in training, and
+    # without the part of quantize_dynamic's layers that shows its weights.
     lines = [f'{name} {tuple(parameter.shape)}' for name, parameter in model.named_parameters()]
     lines += [
         f'{name} {type(module).__name__}({module.extra_repr()})' for name, module in model.named_modules()
-        if not any(module.children()) and not isinstance(module, nn.ParameterList)  # which names its device
-        and not re.search('Drop|Identity', type(module).__name__)]
+        if all('PackedParams' in type(child).__name__ for child in module.children())
+        and not isinstance(module, nn.ParameterList)  # which names its device
+        and not re.search('Drop|Identity|PackedParams', type(module).__name__)]
     return hashlib.sha256('\n'.join(sorted(lines)).encode()).hexdigest()
 
 
@@ -96,7 +99,14 @@ def _digest_weights(model: 'nn.Module') -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    tensor: Any
+    for name, value in sorted(model.state_dict().items()):
+        for tensor in value if isinstance(value, tuple) else (value,):  # quantize_dynamic packs weight and bias in one
+            if not isinstance(tensor, torch.Tensor):
+                digest.update(f'{name} {tensor}\n'.encode())
+                continue
+            if tensor.is_quantized or type(tensor) is not torch.Tensor:  # as of torchao, which shows no bytes
+                tensor = tensor.dequantize()
+            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
