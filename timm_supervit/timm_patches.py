@@ -219,6 +219,27 @@ def name_averaged_weights(helpers: Any) -> None:
     helpers.load_state_dict = load
 
 
+def leave_classes_to_config(hub: Any) -> None:
+    """Let ``save_for_hf`` leave ``num_classes`` out of the ``model_args`` of a SuperViT, so that transformers reads it.
+
+    Why: transformers creates the model by ``create_model(..., num_classes=N, **model_args)``, so twice is an error.
+    timm itself takes the number from ``num_classes`` of the same file where ``model_args`` has none.
+    Hangs on: ``timm.models._hub.get_model_args(model, ...)``, which writes it there for every model.
+    Goes when: timm leaves it out, or transformers takes it once.
+    """
+    get_model_args = _look_up(hub, 'get_model_args')
+
+    @functools.wraps(get_model_args)
+    def get(model: Any, *args: Any, **kwargs: Any) -> Any:
+        model_args = get_model_args(model, *args, **kwargs)
+        ours = sys.modules.get(f'{__package__}.models.supervit')
+        if ours is not None and isinstance(model, ours.SuperVisionTransformer):
+            model_args.pop('num_classes', None)
+        return model_args
+
+    hub.get_model_args = get
+
+
 def _is_official(checkpoint_path: Any) -> bool:
     import argparse
 
@@ -245,6 +266,7 @@ PATCHES = (
     Patch('timm.models._helpers', name_averaged_weights, 'nothing says which weights of an official file are read'),
     Patch('timm.task', refuse_label_maps_elsewhere, 'other tasks than that of LV-ViT fail strangely on label maps'),
     Patch('timm.data.mixup', refuse_to_mix_label_maps, 'Mixup and CutMix spoil label maps without a word'),
+    Patch('timm.models._hub', leave_classes_to_config, 'transformers does not read what save_for_hf writes'),
     Patch('timm.data', read_label_maps, 'train.py knows no --dataset label_maps/PATH'),
     Patch('timm.data.auto_augment', posterize_to_no_bits, 'RandAugment fails now and then with Pillow 13'),
 )
