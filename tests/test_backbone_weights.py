@@ -2,12 +2,15 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from hub_server import hub_environment, serve
 from timm.models import register_model, save_for_hf
 from timm.models.vision_transformer import Block, ResPostBlock, _create_vision_transformer
 from timm.task import ClassificationTask, TokenDistillationTask
@@ -188,7 +191,12 @@ REFUSED: dict[str, Any] = {
     'other attention': ('vit_tiny_patch16_224', dict(attn_layer=nn.Identity), 'attention is Identity'),
     'an unknown name': ('vit_smal_patch16_224', {}, 'no name of a model.*did you mean vit_small_patch16_224'),
     'a name that timm has given up': ('vit_base_resnet50_384', {}, 'no name of a model'),
-    'a path': ('local-dir:vit', {}, 'no name of a model'),
+    'a folder': (
+        'local-dir:some/vit', {}, r"no name of a model.*cfg_overlay=\{'file': 'some/vit/model.safetensors'\}"),
+    'a repository': (
+        'hf-hub:me/vit_tiny_patch16_224.mine', {},
+        r"backbone='vit_tiny_patch16_224', pretrained=True, .*\{'hf_hub_id': 'me/vit_tiny_patch16_224.mine'\}"),
+    'a repository without its prefix': ('me/flowers', {}, r"backbone=.*\{'hf_hub_id': 'me/flowers'\}"),
     'an unknown tag': ('deit_small_patch16_224.nope', {}, "no tag 'nope'; use fb_in1k"),
     'a SuperViT': ('supervit_lvvit_tiny', {}, 'a SuperViT itself'),
     'no text': (7, {}, 'no name of a model'),
@@ -203,6 +211,33 @@ def test_what_cannot_be_a_supervit_is_refused_with_the_reason(what, offline):
     backbone, settings, reason = REFUSED[what]
     with pytest.raises(ValueError, match=reason):
         supervit(backbone, pretrained=what != 'a size of half a stem', depth=1, **settings)
+
+
+FROM_THE_HUB = '''
+import timm, torch
+kwargs = dict(num_classes=4, embed_dim=48, num_heads=3, depth=4)
+try:
+    timm.create_model('supervit', backbone='hf-hub:me/vit_tiny_patch16_224', pretrained=True, **kwargs)
+except ValueError as error:
+    _, _, advice = str(error).partition('as in ')
+settings = eval(f'dict({advice.partition(";")[0]})')
+settings['pretrained_cfg_overlay']['num_classes'] = 4
+model = timm.create_model('supervit', **settings, **kwargs)
+torch.save(model.eval()(torch.ones(1, 3, 224, 224)), 'logits.pt')
+'''
+
+
+def test_what_the_error_advises_for_a_repository_reads_its_weights(tmp_path):
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=4, embed_dim=48, num_heads=3, depth=4).eval()
+    save_for_hf(vit, str(tmp_path / 'hub/me/vit_tiny_patch16_224'), safe_serialization=True)
+    with serve(tmp_path / 'hub') as url:
+        result = subprocess.run(
+            [sys.executable, '-c', FROM_THE_HUB], cwd=tmp_path, env=hub_environment(url, tmp_path / 'cache'),
+            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.load(tmp_path / 'logits.pt'), vit(torch.ones(1, 3, 224, 224)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('name', ['supervit_small', 'supervit_lvvit_small'])

@@ -6,6 +6,7 @@ copy of its module's namespace in which ``build_model_with_cfg`` is ours: it tak
 SuperViT of them. timm itself is not touched, so threads may create plain models at the same time.
 """
 import difflib
+import os
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -113,8 +114,17 @@ def _find(backbone: Any) -> FunctionType:
         raise ValueError(f'backbone {backbone!r} is a SuperViT itself; create it by its own name')
     # A name that timm keeps for old code belongs to a function that warns and calls another.
     if not is_model(name) or model_entrypoint(name).__name__ != name:
-        near = difflib.get_close_matches(name, list_models(exclude_filters='supervit*'))
+        source, _, place = str(backbone).rpartition(':')
+        last_part = split_model_name_tag(place.rstrip('/').rpartition('/')[2])[0]
+        near = difflib.get_close_matches(last_part, list_models(exclude_filters='supervit*'))
         remedy = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models("vit_*") lists some'
+        if source or '/' in place:
+            is_folder = source == 'local-dir' or os.path.exists(place)
+            weights = dict(file=os.path.join(place, 'model.safetensors')) if is_folder else dict(hf_hub_id=place)
+            remedy = (
+                f'name the architecture, and where its weights are, as in backbone={(*near, DEFAULT_BACKBONE)[0]!r}, '
+                f'pretrained=True, pretrained_cfg_overlay={weights}; to keep a head of other classes, give its '
+                f'num_classes, and in the overlay too')
         raise ValueError(f'backbone {backbone!r} is no name of a model of timm; {remedy}')
     tags = [split_model_name_tag(tagged)[1] for tagged in get_arch_pretrained_cfgs(name)]
     if tag and tag not in tags:
