@@ -1,6 +1,7 @@
 """All subnets over the epochs of a run, from the folder of its checkpoints."""
 import argparse
 import csv
+import functools
 import json
 import shutil
 
@@ -120,3 +121,56 @@ def test_a_folder_without_checkpoints_and_averages_of_only_some_epochs_are_named
     result = supervit('evaluate', some, '--use-ema', *arguments)
     assert result.exit_code == 1
     assert f'{some}/last.pth.tar has no averaged weights' in result.stderr
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def retrain(path):
+    """Write what another network of this name would have."""
+    content = torch.load(path, weights_only=False)
+    content['state_dict'] = timm.create_model('supervit_digits', num_classes=3, **SETTINGS | {'depth': 3}).state_dict()
+    torch.save(content, path)
+
+
+DAMAGES = {
+    'cut': cut, 'empty': lambda path: path.write_bytes(b''), 'text': lambda path: path.write_text('no weights'),
+    'a folder': lambda path: (path.unlink(), path.mkdir()), 'gone': lambda path: (path.unlink(), path.symlink_to('x')),
+    'another network': retrain,
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('name', ['checkpoint-2', 'checkpoint-10', 'last'])
+def test_a_damaged_checkpoint_is_named_and_the_other_epochs_are_evaluated(run, photos, tmp_path, name, damage):
+    folder = shutil.copytree(run, tmp_path / 'run')
+    DAMAGES[damage](folder / f'{name}.pth.tar')
+    result = supervit(
+        'evaluate', folder, '--data-dir', photos, '--workers', 0, '--device', 'cpu', '--output', tmp_path / 'out')
+    content = json.loads((tmp_path / 'out' / 'epochs.json').read_text())
+    if name == 'last' and damage in ('a folder', 'gone'):  # as in a run that has none beside its best
+        assert (result.exit_code, content['info']['unread']) == (0, [])
+    else:
+        unread, = content['info']['unread']
+        assert (result.exit_code, len(result.stderr.splitlines())) == (1, 2)
+        assert f'{folder / name}.pth.tar' in unread and f'Error: {unread}' in result.stderr
+    epochs = {'checkpoint-2': 2, 'checkpoint-10': 10, 'last': 11}
+    assert content['rows'] == [
+        {'epoch': epoch, **row} for other, epoch in epochs.items() if other != name
+        for row in json.loads(expected_of(run, photos, other))['rows']]
+
+
+@functools.cache
+def expected_of(run, photos, name):
+    return evaluate(run / f'{name}.pth.tar', photos, '--json')
+
+
+def test_a_folder_of_which_no_checkpoint_can_be_read_is_an_error(run, photos, tmp_path):
+    folder = shutil.copytree(run, tmp_path / 'run')
+    for path in folder.iterdir():
+        cut(path)
+    result = supervit('evaluate', folder, '--data-dir', photos, '--device', 'cpu', '--output', tmp_path / 'out')
+    assert result.exit_code == 1
+    assert 'checkpoint-2.pth.tar was refused' in result.stderr
+    assert not list((tmp_path / 'out').glob('*'))

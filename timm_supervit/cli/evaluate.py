@@ -36,7 +36,8 @@ def command(
 
     MODEL may also be the output folder of train.py. Then every epoch whose checkpoint is still there is evaluated: the
     table shows the top-1 accuracy of all subnets after each, and --output writes epochs.json, epochs.csv and
-    epochs.png. train.py keeps the ten best epochs, or as many as --checkpoint-hist says.
+    epochs.png. train.py keeps the ten best epochs, or as many as --checkpoint-hist says. A checkpoint that cannot be
+    read is named, and the exit code is then 1.
 
     Prints top-1 and top-5 accuracy and the multiply-accumulates of each subnet. --output writes evaluate.json,
     evaluate.csv and evaluate.png. Ctrl-C prints what has been counted so far, saves it as evaluate-partial and exits
@@ -119,6 +120,8 @@ def _show_epochs(results: Any, output: str | None) -> None:
         lambda: {'.png': draw_operating_points(results.rows, 'epoch', title=_title(results))},
         [[list_table(table, list(table[0]), title=f'{results.model}, top-1 [%]')]], notes=_skipped(results),
         done=f'{len(table)} of {results.info["epochs"]} epochs')
+    if results.info['unread']:
+        raise click.ClickException('; '.join(results.info['unread']))
 
 
 def _show_cascade(results: Any, output: str | None, done: str) -> None:

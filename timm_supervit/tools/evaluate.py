@@ -16,7 +16,7 @@ from timm.task import evaluation_sample_limit
 from ..cascade import Cascade, cascade_text
 from ..images.datasets import DEFAULT_WORKERS, Images, create_evaluation_loader, open_images
 from ..images.passes import bad_images, check_complete, check_finite, count_hits, evaluation_mode, inference
-from ..loading.checkpoints import read_checkpoint
+from ..loading.checkpoints import CheckpointError, read_checkpoint
 from ..loading.load import check_no_model_folder, load_weights, model_of
 from ..results.fingerprint import source_of
 from ..results.rows import Results, Row, results_of, subnet_of
@@ -62,22 +62,6 @@ def evaluate(
         ValueError: If a class is none of the model's, it has no two, or there is no such subnet.
     """
     images = open_images(images, model)
-    with evaluation_mode(model):
-        counted = _count(model, images, subnets, batch_size, workers, precision, skip_bad_images, progress)
-    return _results(model, *counted, images, precision)
-
-
-def _count(
-        model: SubnetRunner,
-        images: Images,
-        subnets: Sequence[tuple[Size, float]] | None = None,
-        batch_size: int = 256,
-        workers: int = DEFAULT_WORKERS,
-        precision: str = 'float32',
-        skip_bad_images: bool = False,
-        progress: Progress = silent,
-) -> tuple[list[Row], bool, list[str]]:
-    """Return the rows of ``evaluate``, whether they are partial, and which images were skipped."""
     check_predicts(model)
     macs = model.subnet_macs(subnets)  # first of all, since it checks the subnets
     chosen = list(macs)
@@ -88,15 +72,16 @@ def _count(
     skipped: list[str] = []
     seen, partial = 0, False
     try:
-        for batch, target in progress(loader, 'Evaluating'):
-            target = target if limit is None else target[:max(0, limit - seen)]
-            bad = bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
-            with inference(model, precision):
-                logits = [output[:len(target)] for output in model.forward_subnets(batch, chosen)]
-            check_finite(logits, chosen)
-            hits = count_hits(logits, target)
-            # In one go, so that an interrupt finds a whole number of batches.
-            correct, seen, skipped = correct + hits, seen + len(target), skipped + bad
+        with evaluation_mode(model):
+            for batch, target in progress(loader, 'Evaluating'):
+                target = target if limit is None else target[:max(0, limit - seen)]
+                bad = bad_images(target, model.num_classes, loader.dataset, skip_bad_images)
+                with inference(model, precision):
+                    logits = [output[:len(target)] for output in model.forward_subnets(batch, chosen)]
+                check_finite(logits, chosen)
+                hits = count_hits(logits, target)
+                # In one go, so that an interrupt finds a whole number of batches.
+                correct, seen, skipped = correct + hits, seen + len(target), skipped + bad
         check_complete(loader.dataset, seen, skip_bad_images)
     except KeyboardInterrupt:
         partial = True
@@ -115,7 +100,7 @@ def _count(
         {**subnet._asdict(), **_int8_setting(model, batch_size), 'macs': cost, **_accuracy(hits, total)}
         for (subnet, cost), hits in zip(macs.items(), correct.tolist(), strict=True)
     ]
-    return rows, bool(interrupted), skipped
+    return _results(model, rows, bool(interrupted), skipped, images, precision)
 
 
 def _int8_setting(model: SubnetRunner, batch_size: int) -> Row:
@@ -175,10 +160,11 @@ def evaluate_epochs(
         **kwargs: Further arguments of ``evaluate``.
 
     Returns:
-        One row for each epoch and subnet, as those of ``evaluate``, with ``epoch``.
+        One row for each epoch and subnet, as those of ``evaluate``, with ``epoch``. ``info['unread']`` has the error of
+        each checkpoint that cannot be read or does not fit the model of those before it.
 
     Raises:
-        CheckpointError: If weights cannot be read or do not fit the model.
+        CheckpointError: If that is so of all.
         FileNotFoundError: If there is no checkpoint of an epoch.
         ValueError: If only some checkpoints have averaged weights, or as ``evaluate``.
     """
@@ -187,31 +173,39 @@ def evaluate_epochs(
     rows: list[Row] = []
     kinds: dict[str, Path] = {}
     model, partial, skipped = None, False, []
+    failures: list[Exception] = []
     try:
         for path in paths:
-            checkpoint = read_checkpoint(path, use_ema)
-            epoch = checkpoint.epoch
-            if epoch is None or any(row['epoch'] == epoch for row in rows):
+            try:
+                checkpoint = read_checkpoint(path, use_ema)
+                epoch = checkpoint.epoch
+                if epoch is None or any(row['epoch'] == epoch for row in rows):
+                    continue
+                kinds.setdefault(checkpoint.source('').weights_kind, path)
+                if len(kinds) > 1:
+                    raise ValueError(
+                        f'{kinds["raw"]} has no averaged weights and {kinds["averaged"]} has; leave out --use-ema')
+                if model is None:
+                    model = model_of(checkpoint, settings=settings).to(device)
+                    images = open_images(images, model)
+                else:
+                    load_weights(model, checkpoint)
+            except (CheckpointError, FileNotFoundError) as error:  # a run that goes on removes its worst epochs
+                failures.append(error)
                 continue
-            kinds.setdefault(checkpoint.source('').weights_kind, path)
-            if len(kinds) > 1:
-                raise ValueError(
-                    f'{kinds["raw"]} has no averaged weights and {kinds["averaged"]} has; leave out --use-ema')
-            if model is None:
-                model = model_of(checkpoint, settings=settings).to(device)
-                images = open_images(images, model)
-            else:
-                load_weights(model, checkpoint)
             follow = functools.partial(_relabel, progress, epoch)
-            counted, partial, bad = _count(model, images, subnets, precision=precision, progress=follow, **kwargs)
+            counted = evaluate(model, images, subnets, precision=precision, progress=follow, **kwargs)
+            partial = counted.partial
             if partial:
                 break
-            rows += [{'epoch': epoch, **row} for row in counted]
-            skipped = bad
+            rows += [{'epoch': epoch, **row} for row in counted.rows]
+            skipped = counted.info['skipped']
     except KeyboardInterrupt:
         partial = True
     if partial and not rows:
         raise KeyboardInterrupt
+    if not rows and failures:
+        raise failures[0]
     if model is None:
         raise FileNotFoundError(
             f'{os.fspath(folder)} holds no checkpoint-*.pth.tar of train.py; give the folder that has its summary.csv')
@@ -220,7 +214,7 @@ def evaluate_epochs(
     results.network['weights_kind'] = next(iter(kinds))
     results.info |= {
         'checkpoint': os.fspath(folder), 'epochs': len(paths), 'entry': source_of(model).entry,
-        'other_entries': list(source_of(model).other_entries)}
+        'other_entries': list(source_of(model).other_entries), 'unread': list(map(str, failures))}
     return results
 
 
@@ -232,7 +226,7 @@ def find_checkpoints(folder: str | os.PathLike) -> list[Path]:
     """Return the checkpoints of a run's folder in the order of their epochs, by their names; the last file once."""
     paths = sorted(Path(folder).glob('checkpoint-*.pth.tar'), key=lambda path: int(re.sub(r'\D', '', path.name) or 0))
     last = Path(folder, 'last.pth.tar')  # a second name of the newest one, or of an epoch that was not kept
-    is_more = last.is_file() and not any(last.samefile(path) for path in paths)
+    is_more = last.is_file() and not any(path.exists() and last.samefile(path) for path in paths)
     return [*paths, last] if is_more else paths
 
 
