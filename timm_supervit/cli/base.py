@@ -4,19 +4,15 @@
 Ctrl-C or SIGTERM; what was found out until then has been printed. 141: nobody read stdout to its end; what was printed
 is saved where --output says.
 """
-import contextlib
 import logging
 import pickle
-import signal
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import click
 
+from ..interrupts import INTERRUPTED, interrupts_raised
 from .stdout import JSON, QUIET
 
-INTERRUPTED = 130
 _EXTRA = {'click', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'rich', 'sklearn'}
 
 
@@ -51,9 +47,23 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what users can mend into a message."""
+        came: list[int] = []
         try:
-            with _interrupt_on_sigterm():
-                return super().invoke(ctx)
+            with interrupts_raised() as came:
+                result = self._invoke(ctx)
+            if not came:
+                return result
+        except KeyboardInterrupt:
+            pass
+        except BaseException as error:
+            if not came or isinstance(error, click.exceptions.Exit):
+                raise
+        click.echo('Interrupted.', err=True)
+        ctx.exit(INTERRUPTED)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # RuntimeErrors too, but no failures
             raise
         except ModuleNotFoundError as error:
@@ -66,9 +76,6 @@ class Command(click.Command):
             raise click.ClickException(f'{error.name} is missing; install {remedy}') from error
         except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise click.ClickException(str(error) or type(error).__name__) from error
-        except KeyboardInterrupt:
-            click.echo('Interrupted.', err=True)
-            ctx.exit(INTERRUPTED)
 
 
 def _flag(key: str, *names: str, help: str) -> click.Option:
@@ -91,17 +98,3 @@ def json_option(command: click.Command) -> click.Command:
     """Add ``--json`` to a command that prints results."""
     command.params.append(_flag(JSON, '--json', help='Print the results as JSON, and nothing else to stdout.'))
     return command
-
-
-@contextlib.contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, of ``kill`` and batch systems, be what Ctrl-C is, so that commands clear up."""
-    is_main = threading.current_thread() is threading.main_thread()  # the one that may set handlers
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from ..interrupts import INTERRUPTED
 from ..results.rows import Results, save_results
-from .base import INTERRUPTED
 from .stdout import echo, print_json
 from .tables import UncutTable, print_table
 
