@@ -39,14 +39,16 @@ def test_a_signal_during_an_import_ends_the_command(tmp_path, number, module, ha
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_is_ignored_stays_so_and_one_at_the_very_end_is_too_late(tmp_path, number):
-    code = (
-        'import atexit, os, signal, sys\n'
-        f'signal.signal({int(number)}, {{before}})\n'
-        'from timm_supervit.__main__ import run\n'
-        f'{{when}}os.kill(os.getpid(), {int(number)}){{end}}\n'
-        'sys.argv[1:] = ["recipe", "digits"]\n'
-        'run()\n')
-    ignored = code.format(before='signal.SIG_IGN', when='', end='')
-    result = subprocess.run([sys.executable, '-c', ignored], capture_output=True, text=True)
+def test_a_signal_that_is_ignored_stays_so(number):  # as of a job in the background
+    code = f"""
+import os, signal, sys
+signal.signal({int(number)}, signal.SIG_IGN)
+from timm_supervit.__main__ import run
+sys.argv[1:] = ["recipe", "digits"]
+try:
+    run()
+finally:
+    os.kill(os.getpid(), {int(number)})
+"""
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, '')
