@@ -162,8 +162,11 @@ def test_an_onnx_file_says_nothing_of_the_machine_that_wrote_it(squares: Exporte
 @pytest.mark.slow  # it runs a C++ compiler
 @pytest.mark.timeout(1200)
 def test_aotinductor_compiles_it_once_for_all_subnets(rectangles: Exported, tmp_path: Path) -> None:
+    program = torch.export.load(rectangles.path)
+    program.example_inputs = (
+        (torch.randn(2, 3, 16, 24), torch.tensor((16, 8)), torch.tensor(0.7, dtype=torch.float64)), {})
     compiled: Any = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(
-        torch.export.load(rectangles.path), package_path=str(tmp_path / 'compiled.pt2'),
+        program, package_path=str(tmp_path / 'compiled.pt2'),
         inductor_configs={'aot_inductor.compile_wrapper_opt_level': 'O0'}))
 
     def run(images: torch.Tensor, size: tuple[int, int], rate: float) -> Any:

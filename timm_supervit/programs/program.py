@@ -18,6 +18,7 @@ from ..images.datasets import IMG_MODE_NOTE
 from ..results.files import check_regular
 from ..results.fingerprint import Source
 from ..subnets import Size, Subnet, check_img_size, format_size, size_2d
+from .archives import RefusedError, check_archive, check_onnx
 
 FACTS = 'timm_supervit'  # under which name a file holds what it says about itself, as JSON
 
@@ -194,7 +195,10 @@ class _Pt2Program(Program):
     def __init__(self, path: Path, device: torch.device) -> None:
         facts = {f'{FACTS}.json': ''}
         try:
+            check_archive(path)
             self.module = torch.export.load(path, extra_files=facts).module()
+        except RefusedError:
+            raise
         except Exception as error:  # what a broken or newer file raises can be of any kind
             raise RuntimeError(
                 f'{path} cannot be run by torch {torch.__version__} ({" ".join(str(error).split())[:300]}); '
@@ -222,7 +226,10 @@ def open_session(path: str | os.PathLike, device: torch.device | str = 'cpu') ->
     # Threads that spin between calls would keep the cores from torch and from other sessions, and are hardly faster.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     try:
+        check_onnx(path)
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=[provider])
+    except (ModuleNotFoundError, RefusedError):
+        raise
     except Exception as error:  # its kinds have no class in common
         raise RuntimeError(
             f'{path} cannot be run by onnxruntime {onnxruntime.__version__} ({" ".join(str(error).split())[:300]}); '

@@ -40,6 +40,7 @@ def write_program(
     if format == 'pt2':
         with torch.no_grad():
             exported = torch.export.export(module, inputs, dynamic_shapes=shapes)
+        exported.example_inputs = None  # which a reader would unpickle
         # By way of memory: on a full disk torch's own writer ends the process.
         content = io.BytesIO()
         torch.export.save(exported, content, extra_files={f'{FACTS}.json': json.dumps(facts)} if facts else None)
