@@ -71,6 +71,23 @@ def test_one_file_gives_the_logits_of_every_size_at_any_rate_and_batch_size(eith
     assert_every_subnet_agrees(either.model, either.program)
 
 
+@pytest.mark.parametrize(('format', 'settings'), [
+    ('onnx', dict(name='supervit', backbone='vit_tiny_r_s16_p8_224', patch_size=1, img_sizes=(16, (16, 24)))),
+    ('onnx', dict(global_pool='')), ('pt2', dict(global_pool='')),
+])
+def test_stems_that_pad_by_the_size_and_outputs_of_all_tokens_are_exported_too(
+        exported: Callable[..., Path], model_to_export: Callable[..., Any], format: str, settings: dict[str, Any],
+) -> None:
+    import onnx
+
+    path, model = exported(format, **settings), model_to_export(**settings)
+    assert_every_subnet_agrees(model, load_program(path))
+    assert load_program(path).num_classes == 10
+    if format == 'onnx':
+        held = sum(math.prod(tensor.dims) for tensor in onnx.load(path).graph.initializer)
+        assert held <= 1000 + sum(tensor.numel() for tensor in [*model.state_dict().values(), *model.pos_embed_list])
+
+
 def test_it_agrees_with_an_independent_implementation(squares: Exported) -> None:
     reference = ReferenceSuperViT(
         (8, 16, 24), (0, 1), patch_size=4, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2., num_classes=10)

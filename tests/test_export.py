@@ -143,11 +143,38 @@ def test_an_onnx_file_names_its_input_output_and_batch_dimension(exported: Calla
     assert dims == {'image': 'batch', 'logits': 'batch'}
 
 
+@pytest.mark.parametrize('quantize', [None, 'int8'])
+def test_a_file_for_an_older_runtime_has_no_operator_that_it_does_not_know(
+        tmp_path: Path, model_to_export: Callable[..., Any], quantize: str | None) -> None:
+    import onnx
+
+    manifest, = export.export(model_to_export(**TINY, num_classes=10), tmp_path, 'onnx', quantize=quantize, opset=18)
+    proto = onnx.load(tmp_path / manifest['file'])
+    assert manifest['opset'] == load_program(tmp_path / manifest['file']).facts['opset'] == 18
+    assert [(opset.domain, opset.version) for opset in proto.opset_import] == [('', 18)]
+    assert proto.ir_version == 8  # of the first onnxruntime that has opset 18
+    assert {onnx.defs.get_schema(node.op_type, 18).since_version <= 18 for node in proto.graph.node} == {True}
+    with pytest.raises(onnx.defs.SchemaError):
+        onnx.defs.get_schema('Gelu', 18)  # or this would show nothing
+
+
+def test_the_manifest_says_the_opset_where_none_was_asked_for(exported: Callable[..., Path]) -> None:
+    import onnx
+
+    path = exported('onnx', SUBNET)
+    assert json.loads(Path(f'{path}.json').read_text())['opset'] == onnx.load(path).opset_import[0].version
+
+
 @pytest.fixture
 def written(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let every export write the same pt2 file, whatever its model."""
     path = exported('pt2', SUBNET)
-    monkeypatch.setattr(export, 'write_program', lambda module, images, target, *_: shutil.copy(path, target))
+
+    def write(module: Any, images: Any, target: Path, format: str, facts: dict[str, Any], opset: Any) -> dict[str, Any]:
+        shutil.copy(path, target)
+        return facts
+
+    monkeypatch.setattr(export, 'write_program', write)
     return path
 
 
@@ -210,6 +237,9 @@ def test_the_command_exports_the_subnets_that_it_is_given(checkpoint: list[Any],
     (['--format', 'onnx', '--subnet', '16'], 2, 'is no subnet SIZE:RATE'),
     (['--format', 'tflite'], 2, 'onnx'),
     (['--format', 'pt2', '--quantize', 'int8'], 1, 'int8 is for format onnx'),
+    (['--format', 'onnx', '--opset', '17'], 1, '18'),
+    (['--format', 'onnx', '--opset', '99'], 1, 'opset 99'),
+    (['--format', 'pt2', '--opset', '18'], 1, '--opset is for format onnx'),
     (['--format', 'onnx', '--calibration-data', 'digits'], 2, 'is for --quantize int8'),
 ])
 def test_the_command_explains_what_it_cannot_export(

@@ -20,6 +20,9 @@ from .stdout import echo, print_json
 @click.option(
     '--calibration-data', type=click.Path(file_okay=False), metavar='DIR',
     help='Folder of images by which to find the ranges of activations (default: find them in each batch).')
+@click.option(
+    '--opset', type=int, metavar='NUMBER',
+    help='Version of ONNX\'s operators, 18 or later, for an older runtime (default: that of torch\'s exporter).')
 @options.workers_option
 @click.option('--output', type=click.Path(file_okay=False), metavar='DIR', required=True, help='Folder for the files.')
 @options.device_option
@@ -29,6 +32,7 @@ def command(
         subnets: tuple[Subnet, ...],
         quantize: str | None,
         calibration_data: str | None,
+        opset: int | None,
         workers: int,
         output: str,
         device: str | None,
@@ -65,8 +69,8 @@ def command(
     loaded = loading.load(
         model, takes_files=False, device=loading.resolve_device('cpu' if quantize else device), **settings)
     manifests = export(
-        loaded, output, format, subnets, quantize=quantize, calibration_data=calibration_data, workers=workers,
-        progress=track)
+        loaded, output, format, subnets, quantize=quantize, calibration_data=calibration_data, opset=opset,
+        workers=workers, progress=track)
     print_json(manifests)
     for manifest in manifests:
         print_table(list_table(manifest['subnets'], ['img_size', 'keep_rate', 'macs'], title=manifest['file']))

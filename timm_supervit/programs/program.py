@@ -91,7 +91,7 @@ class Program:
             self.fixed_setting = {'precision': str(facts['precision']), 'runtime': self.runtime}
             self.is_elastic: bool = 'img_size' in facts['inputs']
             self.in_chans: int = facts['inputs']['image']['shape'][1]
-            self.num_classes: int = facts['outputs']['logits']['shape'][1]
+            self.num_classes: int = facts['outputs']['logits']['shape'][-1]
             self.class_names: list[str] | None = facts['class_names']
             self.pretrained_cfg: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, StdConv2dSame
 from torch import Tensor, nn
 
 from ..models.supervit import SuperViT
-from ..models.token_keeping import Tokens
+from ..models.token_keeping import Tokens, select_tokens
 from ..subnets import Subnet, format_size, size_2d
 
 
@@ -78,6 +79,9 @@ class ElasticSubnet(nn.Module):
         counts = [rows * columns for rows, columns in self.grids]
         self.table = torch.tensor([  # rows, columns and patches of each size, and the patches of all sizes before it
             (*grid, counts[i], sum(counts[:i]), i) for i, grid in enumerate(self.grids)])
+        # The size of these paddings and the check of these means are no arithmetic that the exporter to ONNX follows.
+        self.has_fixed_stem = any(
+            isinstance(module, nn.GroupNorm | Conv2dSame | StdConv2dSame) for module in model.patch_embed.modules())
         self.require_size = Requirement(f'img_size_must_be_one_of_{"_".join(map(format_size, model.img_sizes))}')
         self.require_rate = Requirement('keep_rate_must_be_above_0_and_at_most_1')
 
@@ -100,21 +104,46 @@ class ElasticSubnet(nn.Module):
         valid = self.require_rate(((keep_rate > 0) & (keep_rate <= 1)).reshape(1))
         keep_rate = keep_rate.reshape(1).index_select(0, valid)
         row = self.table.index_select(0, index).flatten()
-        x = (self._embed if torch.onnx.is_in_onnx_export() else self._embed_by_branches)(image, index, row)
+        is_one_graph = torch.onnx.is_in_onnx_export() and not self.has_fixed_stem
+        x = (self._embed if is_one_graph else self._embed_by_branches)(image, index, row)
         tokens = Tokens(x, rotations=self._rotations(x, row))
-        return model.forward_head(model.norm(model.run_blocks(tokens, self._schedule(x, row, keep_rate)).x))
+        schedule, drops = self._schedule(x, row, keep_rate)
+        if model.global_pool:
+            tokens = model.run_blocks(tokens, schedule)
+        else:
+            tokens = self._run_blocks_in_order(tokens, schedule, drops)
+        return model.forward_head(model.norm(tokens.x))
 
-    def _schedule(self, x: Tensor, row: Tensor, keep_rate: Tensor) -> dict[int, Any]:
-        """Return how many patches each dropping block keeps, as ``keep_schedule`` counts them."""
+    def _schedule(self, x: Tensor, row: Tensor, keep_rate: Tensor) -> tuple[dict[int, Any], dict[int, Tensor]]:
+        """Return for each dropping block how many patches it keeps, see ``keep_schedule``, and if it drops any.
+        """
         num_patches: Any = x.shape[1] - self.model.num_prefix_tokens
-        kept, schedule = row[2:3].double(), dict[int, Any]()
+        kept, schedule, drops = row[2:3].double(), dict[int, Any](), dict[int, Tensor]()
         for i in self.model.drop_layers:
-            kept = torch.minimum(kept, torch.ceil(keep_rate * (kept + 1)))
+            before, kept = kept, torch.minimum(kept, torch.ceil(keep_rate * (kept + 1)))
             num_keep = kept.long().item()
             torch._check(num_keep >= 1)
             torch._check(num_keep <= num_patches)
             schedule[i] = num_patches = num_keep
-        return schedule
+            drops[i] = kept < before
+        return schedule, drops
+
+    def _run_blocks_in_order(self, tokens: Tokens, schedule: dict[int, Any], drops: dict[int, Tensor]) -> Tokens:
+        """Run the blocks for a network that returns its tokens, whose order is then seen.
+
+        Where a block drops nothing, the model does not rank its tokens. Here it does, and they are left in their order.
+        """
+        model: Any = self.model
+        for i, block in enumerate(model.blocks):
+            rotations = tokens.rotations_in(i, model.num_prefix_tokens)
+            if i in schedule:
+                x, _, order = block(tokens.x, rank=True, **rotations)
+                order = torch.where(drops[i].to(x.device), order, torch.arange(x.shape[1], device=x.device))
+                kept = order[:, :model.num_prefix_tokens + schedule[i]]
+                tokens = tokens.keep(select_tokens(x, kept), kept)
+            else:
+                tokens = tokens._replace(x=block(tokens.x, **rotations))
+        return tokens
 
     def _rotations(self, x: Tensor, row: Tensor) -> Tensor | None:
         """Return the rotations of the size of a row of the table, for tokens [B, T, D], where positions are rotary."""
@@ -141,8 +170,9 @@ class ElasticSubnet(nn.Module):
     def _embed_by_branches(self, image: Tensor, index: Tensor, row: Tensor) -> Tensor:
         """Do the same with a branch for each size.
 
-        torch's compiler takes a convolution of images whose size is known only when it runs for one in another memory
-        format than it is, and the results would be wrong (torch 2.14).
+        ONNX needs it where ``has_fixed_stem``. pt2 does everywhere: torch's compiler takes a convolution of images
+        whose size is known only when it runs for one in another memory format than it is, and the results would be
+        wrong (torch 2.14).
         """
         model: Any = self.model
         most = max(rows * columns for rows, columns in self.grids)

@@ -12,6 +12,7 @@ from .program import FACTS
 from .subnet_modules import ElasticSubnet, Requirement
 
 FORMATS = ('onnx', 'pt2')
+LEAST_OPSET = 18  # of ONNX, that the exporter of torch translates to
 
 
 def write_program(
@@ -20,7 +21,8 @@ def write_program(
         path: str | os.PathLike,
         format: str,
         facts: dict[str, Any] | None = None,
-) -> None:
+        opset: int | None = None,
+) -> dict[str, Any]:
     """Write a module as a program that takes ``image`` [B, C, H, W] and returns ``logits`` [B, num_classes].
 
     Args:
@@ -30,7 +32,16 @@ def write_program(
         path: The file.
         format: ``onnx`` or ``pt2``.
         facts: What the file is to say about itself.
+        opset: Version of ONNX's operators, ``LEAST_OPSET`` or later, for the oldest runtimes that know it (default:
+            that of torch's exporter).
+
+    Returns:
+        What the file says about itself: ``facts``, and in ONNX the ``opset``.
+
+    Raises:
+        ValueError: If the exporter does not translate to this opset.
     """
+    facts = dict(facts or {})
     batch = torch.export.Dim('batch', min=1)
     inputs: tuple[Tensor, ...] = (images,)
     shapes: tuple[Any, ...] = ({0: batch},)
@@ -45,7 +56,7 @@ def write_program(
         content = io.BytesIO()
         torch.export.save(exported, content, extra_files={f'{FACTS}.json': json.dumps(facts)} if facts else None)
         Path(path).write_bytes(content.getbuffer())
-        return
+        return facts
     with torch.no_grad():
         program: Any = torch.onnx.export(
             module,
@@ -54,17 +65,28 @@ def write_program(
             dynamic_shapes=shapes,
             input_names=['image', 'img_size', 'keep_rate'][:len(inputs)],
             output_names=['logits'],
+            opset_version=opset,
             verbose=False,
         )
+    if opset is not None:
+        import onnx
+
+        if program.model.opset_imports[''] != opset:
+            raise ValueError(
+                f'torch {torch.__version__} does not translate to opset {opset}; take {LEAST_OPSET} or leave it out')
+        opset_id = onnx.helper.make_opsetid('', opset)
+        program.model.ir_version = onnx.helper.find_min_ir_version_for([opset_id], ignore_unknown=True)
     graph = program.model.graph
     if isinstance(module, ElasticSubnet):
         _name_requirement(graph, 'img_size', module.require_size)
         _name_requirement(graph, 'keep_rate', module.require_rate)
     for node in graph:
         node.metadata_props.clear()  # where each operator comes from: half of a small file, and paths of this machine
+    facts = facts and {**facts, 'opset': program.model.opset_imports['']}
     if facts:
         program.model.metadata_props[FACTS] = json.dumps(facts)
     program.save(path, external_data=False)
+    return facts
 
 
 def _name_requirement(graph: Any, name: str, requirement: Requirement) -> None:

@@ -24,7 +24,7 @@ from ..models.supervit import SuperViT
 from ..programs.int8 import create_calibration_loader, quantize_program
 from ..programs.program import load_program, manifest_path
 from ..programs.subnet_modules import ElasticSubnet, FixedSubnet
-from ..programs.writing import FORMATS, write_program
+from ..programs.writing import FORMATS, LEAST_OPSET, write_program
 from ..results.files import fill_folder
 from ..results.fingerprint import fingerprint
 from ..subnets import Subnet, format_size, size_2d
@@ -52,6 +52,7 @@ def export(
         *,
         quantize: str | None = None,
         calibration_data: str | None = None,
+        opset: int | None = None,
         workers: int = DEFAULT_WORKERS,
         progress: Progress = silent,
 ) -> list[dict[str, Any]]:
@@ -68,6 +69,8 @@ def export(
         subnets: The subnets to write as fixed files (default: one elastic file of all).
         quantize: ``int8`` writes the int8 forms of ONNX files.
         calibration_data: Folder of images to find the ranges of activations by (default: find them at each call).
+        opset: Version of ONNX's operators, 18 or later, for runtimes that know no later one (default: that of torch's
+            exporter).
         workers: Processes that read these images.
         progress: Follows the files as they are exported, such as ``tqdm.tqdm``.
 
@@ -88,13 +91,17 @@ def export(
         raise ValueError(f'int8 is for format onnx and not for {format}; export that, or quantize with torchao')
     if calibration_data and not quantize:
         raise ValueError('--calibration-data is for --quantize int8; add it or leave it out')
+    if opset is not None and format != 'onnx':
+        raise ValueError(f'--opset is for format onnx and not for {format}; leave it out')
+    if opset is not None and opset < LEAST_OPSET:
+        raise ValueError(f'opset {opset} is older than {LEAST_OPSET}, the first that can be exported to')
     model.eval()
     modules: list[Any] = [FixedSubnet(model, subnet) for subnet in model.subnet_macs(subnets)] or [ElasticSubnet(model)]
     calibration = create_calibration_loader(calibration_data, model, workers) if calibration_data else None
     network = fingerprint(model)
     with fill_folder(output) as folder:
         return [
-            _export(module, folder, format, network, bool(quantize), calibration)
+            _export(module, folder, format, network, bool(quantize), calibration, opset)
             for module in progress(modules, 'Exporting')]
 
 
@@ -105,6 +112,7 @@ def _export(
         network: dict[str, Any],
         is_int8: bool,
         calibration: Any,
+        opset: int | None,
 ) -> dict[str, Any]:
     facts = _describe(module, format, network)
     stem = facts['model']
@@ -114,13 +122,13 @@ def _export(
     checks: dict[str, Any] = {}
     if not is_int8:
         path = folder / f'{stem}.{format}'
-        write_program(module, images, path, format, facts)
+        facts = write_program(module, images, path, format, facts, opset)
         checks['max_difference'] = _compare(module, path)
     else:
         path = folder / f'{stem}-int8.{format}'
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / f'{stem}.{format}'
-            write_program(module, images, source, format, facts)
+            facts = write_program(module, images, source, format, facts, opset)
             _compare(module, source)
             facts |= {'precision': 'int8', 'calibrated': calibration is not None}
             path.write_bytes(quantize_program(source, json.dumps(facts), calibration))
@@ -188,7 +196,8 @@ def _describe(module: Any, format: str, network: dict[str, Any]) -> dict[str, An
         'format': format,
         'precision': 'float32',
         'inputs': inputs,
-        'outputs': {'logits': {'dtype': 'float32', 'shape': ['batch', model.num_classes]}},
+        'outputs': {'logits': {
+            'dtype': 'float32', 'shape': ['batch', *([] if model.global_pool else ['tokens']), model.num_classes]}},
         'preprocessing': {
             'input_size': [model.in_chans, *largest],
             **{key: config[key] for key in ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')},
