@@ -250,8 +250,9 @@ def test_a_class_map_that_is_given_numbers_leaves_out_and_joins_folders_as_in_ti
             found = evaluate(model, open_dataset(str(folder), class_map=str(tmp_path / file)), workers=0)
             assert found.rows[0]['count'] == len(pairs) < 48
             assert active(found) == count_pairs(model, pairs, range(5))
-    with pytest.raises(ValueError, match=r"the number 1, and the model has 1 classes"):
-        evaluate(knowing((), 1), open_dataset(str(folder), class_map=str(tmp_path / 'joined.pkl')), workers=0)
+    (tmp_path / 'beyond.pkl').write_bytes(pickle.dumps({'apple': 2}))
+    with pytest.raises(ValueError, match='the number 2, and the model has 2 classes'):
+        evaluate(knowing((), 2), open_dataset(str(folder), class_map=str(tmp_path / 'beyond.pkl')), workers=0)
     foreign = make_images(tmp_path / 'foreign', ('x', 'y'), ('validation',))
     with pytest.raises(ValueError, match='--class-map'):
         open_dataset(str(foreign), class_map=str(tmp_path / 'some.txt'))

@@ -294,7 +294,7 @@ def test_all_that_a_line_depends_on_is_of_the_run(model: Any, tmp_path: Path, ch
         'names': {'label_names': ['a', 'b', 'c']}, 'size': {'test_input_size': (3, 32, 32)}}.get(change, {})
     others: dict[str, dict[str, Any]] = {
         'images': {'dataset': Pairs('red', 'green', 'black')},
-        'number': {'dataset': Pairs('red', 'green', 'r', 'blue')},
+        'number': {'dataset': Pairs('red', 'green', 'red', 'blue')},
         'data_dir': {'data_dir': '/other'}, 'name': {'name': 'kind/other'}, 'split': {'split': 'train'}}
     images = images._replace(**others.get(change, {}))
     settings: dict[str, Any] = {

@@ -308,6 +308,7 @@ OTHER_TIMMS = {
         'timm.models._helpers has no load_state_dict'),
     'no get_model_args': ('timm.models._hub', 'del module.get_model_args', 'timm.models._hub has no get_model_args'),
     'no create_dataset': ('timm.data', 'del module.create_dataset', 'timm.data has no create_dataset'),
+    'no mixup_target': ('timm.data', 'del module.mixup.mixup_target', 'timm.data.mixup has no mixup_target'),
     'no posterize': ('timm.data.auto_augment', 'del module.posterize', 'timm.data.auto_augment has no posterize'),
     'no NAME_TO_OP': ('timm.data.auto_augment', 'del module.NAME_TO_OP', 'timm.data.auto_augment has no NAME_TO_OP'),
     'another posterize': ('timm.data.auto_augment', 'module.posterize = None', 'NAME_TO_OP has no operation posterize'),

@@ -29,9 +29,10 @@ class Patch(NamedTuple):
 def create_supervit_task(tasks: Any) -> None:
     """Let ``ClassificationTask(model, ...)`` create the task of the model where the model is a SuperViT.
 
-    Other tasks train its active subnet alone, and say so.
+    Other tasks train its active subnet alone, and say so; where they meet label maps, they say what learns those.
 
-    Why: ``train.py`` creates this class by name, and a model cannot choose its task.
+    Why: ``train.py`` creates this class by name, and a model cannot choose its task. A data set does not know the task,
+    and on label maps a criterion's error, of shapes or data types, does not tell what is wrong.
     Hangs on: ``timm.task.ClassificationTask``, and ``timm.task.TrainingTask.__new__``, which it inherits.
     Goes when: timm lets a model name its task, or registers tasks as it registers models.
     """
@@ -53,7 +54,23 @@ def create_supervit_task(tasks: Any) -> None:
                     stacklevel=2)
         return object.__new__(cls) if create is object.__new__ else create(cls, *args, **kwargs)
 
+    call = training_task.__call__
+
+    @functools.wraps(call)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        target = args[1] if len(args) > 1 else kwargs.get('target')
+        # Only where label maps were read, since tasks of one's own may have targets of any shape.
+        if f'{__package__}.training.label_maps' in sys.modules and getattr(target, 'ndim', 0) == 3:
+            from .training.token_labels import TokenLabelTask
+
+            if not isinstance(self, TokenLabelTask):
+                raise ValueError(
+                    f'{type(self).__name__} of this model does not learn label maps; train a supervit_lvvit_* without '
+                    f'--kd-model-name, or leave out --dataset label_maps')
+        return call(self, *args, **kwargs)
+
     training_task.__new__ = staticmethod(new)
+    training_task.__call__ = checked
 
 
 def _choose_task(cls: type, model: Any, classification_task: type) -> type:
@@ -150,13 +167,14 @@ def read_label_maps(data: Any) -> None:
     data.create_dataset = create
 
 
-def refuse_to_mix_label_maps(mixup: Any) -> None:
+def refuse_to_mix_label_maps(data: Any) -> None:
     """Refuse Mixup and CutMix on labels of tokens.
 
     Why: timm takes the target for class indices, rounds it, and trains on labels of which nearly all are class 0.
     Hangs on: ``timm.data.mixup.mixup_target(target, ...)``, by which ``Mixup`` and ``FastCollateMixup`` mix labels.
     Goes when: timm refuses what it does not mix.
     """
+    mixup = _look_up(data, 'mixup')
     mixup_target = _look_up(mixup, 'mixup_target')
 
     @functools.wraps(mixup_target)
@@ -168,32 +186,6 @@ def refuse_to_mix_label_maps(mixup: Any) -> None:
         return mixup_target(target, *args, **kwargs)
 
     mixup.mixup_target = mix
-
-
-def refuse_label_maps_elsewhere(tasks: Any) -> None:
-    """Let training on label maps with another task than LV-ViT's say so.
-
-    Why: the criterion's error, of shapes or data types, does not tell what is wrong. A data set does not know the task.
-    Hangs on: calls of ``timm.task.TrainingTask``, with the target as the second argument.
-    Goes when: timm's tasks say which targets they take.
-    """
-    training_task = _look_up(tasks, 'TrainingTask')
-    call = training_task.__call__
-
-    @functools.wraps(call)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        target = args[1] if len(args) > 1 else kwargs.get('target')
-        # Only where label maps were read, since tasks of one's own may have targets of any shape.
-        if f'{__package__}.training.label_maps' in sys.modules and getattr(target, 'ndim', 0) == 3:
-            from .training.token_labels import TokenLabelTask
-
-            if not isinstance(self, TokenLabelTask):
-                raise ValueError(
-                    f'{type(self).__name__} of this model does not learn label maps; train a supervit_lvvit_* without '
-                    f'--kd-model-name, or leave out --dataset label_maps')
-        return call(self, *args, **kwargs)
-
-    training_task.__call__ = checked
 
 
 def name_averaged_weights(helpers: Any) -> None:
@@ -264,9 +256,8 @@ PATCHES = (
     Patch('timm.task', create_supervit_task, 'ClassificationTask trains the active subnet of a SuperViT alone'),
     Patch('timm.task', name_unreadable_checkpoint, 'resuming from a damaged checkpoint does not name the file'),
     Patch('timm.models._helpers', name_averaged_weights, 'nothing says which weights of an official file are read'),
-    Patch('timm.task', refuse_label_maps_elsewhere, 'other tasks than that of LV-ViT fail strangely on label maps'),
-    Patch('timm.data.mixup', refuse_to_mix_label_maps, 'Mixup and CutMix spoil label maps without a word'),
     Patch('timm.models._hub', leave_classes_to_config, 'transformers does not read what save_for_hf writes'),
+    Patch('timm.data', refuse_to_mix_label_maps, 'Mixup and CutMix spoil label maps without a word'),
     Patch('timm.data', read_label_maps, 'train.py knows no --dataset label_maps/PATH'),
     Patch('timm.data.auto_augment', posterize_to_no_bits, 'RandAugment fails now and then with Pillow 13'),
 )

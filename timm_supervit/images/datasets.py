@@ -149,7 +149,7 @@ def check_data(data_dir: str | None, dataset: str | None) -> None:
     kind, slash, _ = (dataset or '').partition('/')
     if slash and kind.lower() in _PACKAGES:
         importlib.import_module(_PACKAGES[kind.lower()])
-    if dataset == '' and not data_dir:
+    if not dataset and not data_dir:
         raise ValueError('no images: give a folder of them with --data-dir, or a data set with --dataset')
     if dataset == '' and not os.path.exists(str(data_dir)):
         raise FileNotFoundError(f'the folder of images {data_dir!r} does not exist; give another')

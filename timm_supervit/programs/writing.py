@@ -22,7 +22,7 @@ def write_program(
         format: str,
         facts: dict[str, Any] | None = None,
         opset: int | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Write a module as a program that takes ``image`` [B, C, H, W] and returns ``logits`` [B, num_classes].
 
     Args:
@@ -31,17 +31,13 @@ def write_program(
         images: Two images or more to trace it with [B, C, H, W]; the program takes any number of that size.
         path: The file.
         format: ``onnx`` or ``pt2``.
-        facts: What the file is to say about itself.
+        facts: What the file is to say about itself; that of an ONNX file gains its ``opset``.
         opset: Version of ONNX's operators, ``LEAST_OPSET`` or later, for the oldest runtimes that know it (default:
             that of torch's exporter).
-
-    Returns:
-        What the file says about itself: ``facts``, and in ONNX the ``opset``.
 
     Raises:
         ValueError: If the exporter does not translate to this opset.
     """
-    facts = dict(facts or {})
     batch = torch.export.Dim('batch', min=1)
     inputs: tuple[Tensor, ...] = (images,)
     shapes: tuple[Any, ...] = ({0: batch},)
@@ -56,7 +52,7 @@ def write_program(
         content = io.BytesIO()
         torch.export.save(exported, content, extra_files={f'{FACTS}.json': json.dumps(facts)} if facts else None)
         Path(path).write_bytes(content.getbuffer())
-        return facts
+        return
     with torch.no_grad():
         program: Any = torch.onnx.export(
             module,
@@ -82,11 +78,10 @@ def write_program(
         _name_requirement(graph, 'keep_rate', module.require_rate)
     for node in graph:
         node.metadata_props.clear()  # where each operator comes from: half of a small file, and paths of this machine
-    facts = facts and {**facts, 'opset': program.model.opset_imports['']}
     if facts:
+        facts['opset'] = program.model.opset_imports['']
         program.model.metadata_props[FACTS] = json.dumps(facts)
     program.save(path, external_data=False)
-    return facts
 
 
 def _name_requirement(graph: Any, name: str, requirement: Requirement) -> None:

@@ -122,13 +122,13 @@ def _export(
     checks: dict[str, Any] = {}
     if not is_int8:
         path = folder / f'{stem}.{format}'
-        facts = write_program(module, images, path, format, facts, opset)
+        write_program(module, images, path, format, facts, opset)
         checks['max_difference'] = _compare(module, path)
     else:
         path = folder / f'{stem}-int8.{format}'
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / f'{stem}.{format}'
-            facts = write_program(module, images, source, format, facts, opset)
+            write_program(module, images, source, format, facts, opset)
             _compare(module, source)
             facts |= {'precision': 'int8', 'calibrated': calibration is not None}
             path.write_bytes(quantize_program(source, json.dumps(facts), calibration))
