@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .results.files import check_regular
 from .results.fingerprint import Source, differing, fingerprint, source_of
+from .results.text import visible
 from .runner import SubnetRunner, check_predicts
 from .subnets import Size, Subnet, check_subnet, plain_numbers
 
@@ -118,7 +119,9 @@ class Cascade(nn.Module):
             content = json.loads(Path(path).read_text(encoding='utf-8'))
             stages, thresholds, there = (content[key] for key in ('stages', 'thresholds', 'network'))
             differences = differing(here, {**dict(there), 'weights': there.get('weights', 'unknown')})
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # what a file of any content raises can be of any kind
             raise ValueError(
                 f'{path} holds no cascade ({type(error).__name__}: {error}); give a file that "supervit cascade" wrote',
             ) from error
@@ -126,8 +129,9 @@ class Cascade(nn.Module):
         if differences and differences != ['weights']:
             key = differences[0]
             raise ValueError(
-                f'{path} is a cascade of another network: its {key} is {there.get(key)} and here {here[key]}; give the '
-                f'model that it was calibrated on, or calibrate this one with "supervit cascade"')
+                f'{path} is a cascade of another network: its {key} is {visible(str(there.get(key)))[:200]} '
+                f'and here {here[key]}; give the model that it was calibrated on, or calibrate this one with '
+                f'"supervit cascade"')
         if differences:
             warnings.warn(
                 f'{path} was calibrated on other weights of this network, and its thresholds may not suit these; '
@@ -135,7 +139,7 @@ class Cascade(nn.Module):
         calibration = content.get('calibration')
         try:
             return cls(model, stages, thresholds, calibration if isinstance(calibration, dict) else None)
-        except ValueError as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f'{path}: {error}') from error
 
     def to_json(self, network: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -320,7 +324,8 @@ def _check_thresholds(thresholds: Any, num_stages: int) -> tuple[float, ...]:
             f'thresholds {thresholds!r} are not one for each of {num_stages} stages but the last, where every image '
             f'stops; give {num_stages - 1}')
     for threshold in thresholds:
-        if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < float(threshold) < 1:
+        if isinstance(threshold, bool) or not isinstance(threshold, Real) or \
+                not 0 < threshold < 1:  # type: ignore[operator]
             raise ValueError(
                 f'threshold {threshold!r} is not in (0, 1); 0.9 lets images stop whose class has a probability of '
                 f'90 % or more')

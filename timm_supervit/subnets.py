@@ -4,12 +4,15 @@ A subnet is one operating point of a super vision transformer (SuperViT, arXiv 2
 a share of its tokens. This file is arithmetic only; it knows neither torch nor timm.
 """
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 TRAIN_SUBNETS = ('sandwich', 'all', 'active')
 DISTILL_TEACHERS = ('own_size', 'largest_size')
+
+MAX_PIXELS = 178_956_970  # of an image; Pillow takes more for a decompression bomb
 
 Size = int | tuple[int, int]  # an image's side in pixels where it is square, (height, width) where it is not
 
@@ -69,6 +72,8 @@ def check_img_size(img_size: Any) -> Size:
         raise ValueError(f'img_size {img_size!r} is neither a positive whole number of pixels, as in img_size=224, '
                          f'nor a pair of them, height and width, as in img_size=(256, 128)')
     height, width = map(int, sides)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f'img_size {reprlib.repr(img_size)} is of more pixels than an image has, {MAX_PIXELS} at most')
     return height if height == width else (height, width)
 
 
@@ -99,7 +104,8 @@ def check_keep_rate(keep_rate: Any) -> float:
     """Return a keep rate as a float."""
     if not isinstance(keep_rate, Real):  # first, since the compiler cannot ask its numbers for attributes
         keep_rate = plain_numbers(keep_rate)
-    if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or not 0 < float(keep_rate) <= 1:
+    if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or \
+            not 0 < keep_rate <= 1:  # type: ignore[operator]
         raise ValueError(f'keep_rate {keep_rate!r} is not in (0, 1]; 0.7 keeps 70 % of the tokens, 1.0 all of them')
     return float(keep_rate)
 

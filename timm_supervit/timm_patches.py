@@ -225,7 +225,7 @@ def leave_classes_to_config(hub: Any) -> None:
     def get(model: Any, *args: Any, **kwargs: Any) -> Any:
         model_args = get_model_args(model, *args, **kwargs)
         ours = sys.modules.get(f'{__package__}.models.supervit')
-        if ours is not None and isinstance(model, ours.SuperVisionTransformer):
+        if ours is not None and isinstance(model, ours.SuperViT):
             model_args.pop('num_classes', None)
         return model_args
 

@@ -44,7 +44,7 @@ def _parse_where(ctx: click.Context, param: click.Parameter, values: tuple[str, 
             raise click.BadParameter(f'{value!r} is not KEY=VALUE, as in batch_size=1', ctx, param)
         try:
             where[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):  # of a depth too
             where[key] = text
     return where
 

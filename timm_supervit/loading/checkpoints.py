@@ -82,7 +82,8 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = False) -> Checkpoin
     args, epoch = (content.get('args'), content.get('epoch')) if entry else (None, None)
     return Checkpoint(
         str(path), clean_state_dict(weights), entry, tuple(key for key in entries if key != entry),
-        vars(args) if isinstance(args, argparse.Namespace) else {}, epoch if isinstance(epoch, int) else None)
+        vars(args) if isinstance(args, argparse.Namespace) else {},
+        epoch if isinstance(epoch, int) and 0 <= epoch < 2 ** 31 else None)
 
 
 def _read(path: Path) -> Any:

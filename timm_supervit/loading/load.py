@@ -6,6 +6,7 @@ what is no property of the trained network, such as the active subnet; anything 
 import difflib
 import inspect
 import os
+import reprlib
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from timm.data import resolve_data_config
 from timm.models import split_model_name_tag
 
 from ..images.datasets import IMG_MODE_NOTE
+from ..images.preparation import check_preparation
 from ..models.backbone import supervit
 from ..models.eva import SuperEva
 from ..models.lvvit import SuperLVViT
@@ -147,13 +149,22 @@ def model_of(
         raise ValueError(f'{model} contradicts {Path(checkpoint.path).name}, which is of {trained_model}; '
                          f'give the file alone, as MODEL')
     changed = {key: value for key, value in settings.items() if not trained_model or key in CHANGEABLE}
-    name = model or trained_model
-    created = _create(name, {**trained, **changed}, source='' if model else f', which {checkpoint.path} is of,')
+    name, source = model or trained_model, '' if model else f', which {checkpoint.path} is of,'
+    backbone = trained.get('backbone')
+    _stay_offline(checkpoint.path, '' if model else name, '' if backbone == settings.get('backbone') else backbone)
+    _check_room(checkpoint, name, {**trained, **changed}, source)
+    created = _create(name, {**trained, **changed}, source=source)
     _refuse_contradictions(created, checkpoint, trained, {k: v for k, v in settings.items() if k not in changed})
     load_weights(created, checkpoint)
     if trained_model:
         data_settings = {key: checkpoint.args[key] for key in _DATA_SETTINGS if checkpoint.args.get(key)}
-        config = resolve_data_config({**data_settings, 'in_chans': created.in_chans}, model=created)
+        try:
+            config = resolve_data_config({**data_settings, 'in_chans': created.in_chans}, model=created)
+            check_preparation(config)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{checkpoint.path} does not say how to prepare images: {" ".join(map(str, data_settings.items()))} '
+                f'({type(error).__name__}: {error})') from error
         created.pretrained_cfg.update({key: config[key] for key in data_settings})
         if mode := checkpoint.args.get('input_img_mode'):
             created.pretrained_cfg['notes'] = (*(created.pretrained_cfg.get('notes') or ()), f'{IMG_MODE_NOTE}{mode}')
@@ -161,6 +172,29 @@ def model_of(
     unnamed = _name_classes(created, class_names, args) if name_classes else ''
     created.source = checkpoint.source(name, unnamed, trained_data(args) if args else None)
     return created
+
+
+def _stay_offline(path: str, *unasked: Any) -> None:
+    """Refuse a checkpoint that would have something fetched that its user has not named."""
+    for value in unasked:
+        scheme, colon, _ = str(value).partition(':')
+        if colon and scheme != 'local-dir':
+            raise ValueError(
+                f'{path} is of {reprlib.repr(value)}, and what a file names is not fetched unasked; name it yourself: '
+                f'MODEL and --checkpoint {path}, with --model-kwargs backbone= where it is the backbone')
+
+
+def _check_room(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any], source: str) -> None:
+    """Refuse settings of a network that the checkpoint cannot fill, before memory is taken for it."""
+    size, depth = os.path.getsize(checkpoint.path), settings.get('depth')
+    too_large = isinstance(depth, int) and depth > len(checkpoint.state_dict)  # a block has several weights
+    if not too_large:
+        model = _create(name, {**settings, 'device': 'meta'}, source=source)
+        too_large = sum(parameter.numel() for parameter in model.parameters()) > size
+    if too_large:
+        raise ValueError(
+            f'{checkpoint.path} has {size} bytes, which cannot fill {name} with '
+            f'{" ".join(f"{key}={reprlib.repr(value)}" for key, value in settings.items())}; check these settings')
 
 
 def load_weights(model: SuperViT, checkpoint: Checkpoint) -> None:
@@ -172,7 +206,8 @@ def load_weights(model: SuperViT, checkpoint: Checkpoint) -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that no SuperViT has, and text where a number or True or False belongs ("false" would be true).
+    """Refuse settings that no SuperViT has, text where a number or True or False belongs ("false" would be true), and
+    counts below 0.
     """
     parameters: dict[str, inspect.Parameter] = {}
     # Of these classes, the other SuperViTs and timm's; not of ``object``.
@@ -188,6 +223,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         kind = _WORDS.get(type(parameters[name].default))
         if kind and isinstance(value, str):
             raise ValueError(f'{name}={value} should be {kind}')
+        if kind == _WORDS[int] and isinstance(value, int) and value < 0:
+            raise ValueError(f'{name}={value} should be 0 or more')
 
 
 def check_complete(
@@ -214,7 +251,8 @@ def _read_settings(args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     model, settings = args.get('model'), args.get('model_kwargs')
     if not isinstance(model, str) or not isinstance(settings, dict):
         return '', {}
-    in_chans = args.get('in_chans') or next(iter(args.get('input_size') or ()), None)
+    input_size = args.get('input_size')
+    in_chans = args.get('in_chans') or (input_size[0] if isinstance(input_size, list | tuple) and input_size else None)
     others = dict(num_classes=args.get('num_classes'), in_chans=in_chans, global_pool=args.get('gp'))
     return model, {**settings, **{key: value for key, value in others.items() if value is not None}}
 
@@ -231,7 +269,8 @@ def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, s
         for path in Path(model.partition(':')[2]).glob('*.*'):
             if path.exists():
                 check_regular(path)  # timm reads what has the name of a file
-    shown = ' '.join(f'{key}={value}' for key, value in settings.items())
+    shown = ' '.join(f'{key}={value:.200}' if isinstance(value, str) else f'{key}={reprlib.repr(value)}'
+                     for key, value in settings.items() if key != 'device')
     try:
         created = timm.create_model(model, pretrained=pretrained, **settings)
     except ImportError:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..images.datasets import IMG_MODE_NOTE
+from ..images.preparation import check_preparation
 from ..results.files import check_regular
 from ..results.fingerprint import Source
 from ..subnets import Size, Subnet, check_img_size, format_size, size_2d
@@ -99,12 +101,25 @@ class Program:
             self.pretrained_cfg['label_names'] = facts.get('label_names')
             if mode := self.pretrained_cfg.pop('input_img_mode', None):
                 self.pretrained_cfg['notes'] = (f'{IMG_MODE_NOTE}{mode}',)
-            self.network: dict[str, Any] = facts['network']
-        except (KeyError, TypeError, ValueError) as error:
+            self.network: dict[str, Any] = dict(facts['network'])
+            self._check_facts()
+        except Exception as error:  # what a file of any content raises can be of any kind
             raise ValueError(
-                f'{path} does not say what network it holds and how to prepare images for it; '
+                f'{path} does not say what network it holds and how to prepare images for it ({error!r:.200}); '
                 f'give a file that "supervit export" wrote') from error
         self.subnets = list(self._macs)
+
+    def _check_facts(self) -> None:
+        check_preparation(self.pretrained_cfg)
+        names, counts = self.class_names, [self.in_chans, *self._macs.values()]
+        if not all(type(count) is int and 0 < count < 2 ** 63 for count in counts):
+            raise ValueError(f'of {reprlib.repr(counts)} one is no count')
+        are_names = names is None or (
+            len(names) == self.num_classes and all(isinstance(name, str) for name in names))
+        if type(self.num_classes) is not int or not are_names:
+            raise ValueError(f'{reprlib.repr(self.num_classes)} classes have the names {reprlib.repr(names)}')
+        if not all(isinstance(text, str) for text in (*self.source[:1], *self.fixed_setting.values())):
+            raise ValueError(f'its model is {reprlib.repr(self.source.name)}')
 
     def subnet_macs(self, subnets: Iterable[tuple[Size, float]] | None = None) -> dict[Subnet, int | None]:
         """Return subnets (default: those of the grid) with their multiply-accumulates, None where it does not say."""
@@ -250,7 +265,7 @@ def _check_sum(path: Path) -> None:
         expected = json.loads(manifest_path(path).read_text(encoding='utf-8'))['sha256']
     except FileNotFoundError:
         return
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{manifest_path(path)} is damaged ({error}); export the file again') from error
     actual = checksum(path)
     if actual != expected:

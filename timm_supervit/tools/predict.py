@@ -483,6 +483,6 @@ def _open_end(path: Path, size: int | None = None) -> BinaryIO:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
