@@ -19,6 +19,7 @@ from ..images.datasets import IMG_MODE_NOTE
 from ..images.preparation import check_preparation
 from ..results.files import check_regular
 from ..results.fingerprint import Source
+from ..results.text import visible
 from ..subnets import Size, Subnet, check_img_size, format_size, size_2d
 from .archives import RefusedError, check_archive, check_onnx
 
@@ -269,5 +270,6 @@ def _check_sum(path: Path) -> None:
         raise ValueError(f'{manifest_path(path)} is damaged ({error}); export the file again') from error
     actual = checksum(path)
     if actual != expected:
-        raise ValueError(f'{path} is damaged: its SHA-256 is {actual}, and {expected} in {manifest_path(path).name}; '
-                         f'fetch or export it again')
+        raise ValueError(
+            f'{path} is damaged: its SHA-256 is {actual}, and {visible(str(expected))[:64]} in '
+            f'{manifest_path(path).name}; fetch or export it again')

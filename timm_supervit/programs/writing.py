@@ -76,7 +76,7 @@ def write_program(
     if isinstance(module, ElasticSubnet):
         _name_requirement(graph, 'img_size', module.require_size)
         _name_requirement(graph, 'keep_rate', module.require_rate)
-    for node in graph:
+    for node in graph.all_nodes():  # those of branches too
         node.metadata_props.clear()  # where each operator comes from: half of a small file, and paths of this machine
     if facts:
         facts['opset'] = program.model.opset_imports['']
