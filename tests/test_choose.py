@@ -114,3 +114,14 @@ def test_costs_of_other_settings_do_not_compare(files: list[Path], tmp_path: Pat
         with pytest.raises(ValueError, match=r'batch_size=1 and batch_size=256.*--where'):
             call()
     assert best_subnet(rows, macs=5e9) and front_of(rows, 'macs')
+
+
+def test_of_a_profile_of_several_batch_sizes_one_is_chosen(files: list[Path], tmp_path: Path) -> None:
+    rows = [dict(img_size=side, keep_rate=rate, batch_size=size, latency_ms=size * ms)
+            for size in (1, 8) for side, rate, ms in ((128, 0.5, 10.), (224, 1.0, 40.))]
+    profile = save(tmp_path, 'batches', rows)
+    for size, budget, chosen in ((1, 50, '224:1'), (8, 100, '128:0.5')):
+        result = supervit('choose', files[0], profile, '--latency-ms', budget, '--where', f'batch_size={size}')
+        assert result.stdout.splitlines()[-1] == chosen
+    result = supervit('choose', files[0], profile, '--latency-ms', 50)
+    assert result.exit_code == 1 and 'choose: batch_size=1 or 8' in result.stderr

@@ -6,14 +6,15 @@ from typing import Any
 from .registration import install_hooks
 
 __all__ = [
-    'Cascade', 'LabelMapDataset', 'Subnet', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer', 'TokenLabelTask',
-    'load_model']
+    'Cascade', 'LabelMapDataset', 'Subnet', 'SubnetScheduler', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer',
+    'TokenLabelTask', 'load_model']
 
 # Where each public name lives. They are imported on first use (PEP 562), since this package is imported with torch.
 _NAMES = {
     'Cascade': '.cascade',
     'LabelMapDataset': '.training.label_maps',
     'Subnet': '.subnets',
+    'SubnetScheduler': '.scheduler',
     'SuperLVViT': '.models.lvvit',
     'SuperViTTask': '.training.task',
     'SuperVisionTransformer': '.models.supervit',
