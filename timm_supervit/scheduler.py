@@ -47,6 +47,7 @@ class SubnetScheduler:
         subnets: The subnets, most accurate first.
         fastest: The one of most images per second.
         most_waiting: How many requests the fastest subnet serves in ``slo_ms``. More cannot wait and all be in time.
+        shortest_ms: Latency of the shortest call, of one image.
     """
 
     def __init__(
@@ -188,6 +189,10 @@ class SubnetScheduler:
             else:
                 low = middle + 1
         return low
+
+    def latency_ms(self, subnet: Subnet, size: int) -> float:
+        """Return the measured latency of a batch, interpolated between the sizes that were measured."""
+        return self._latency[subnet][size]
 
     def _plan(self, subnet: Subnet, slack_ms: Sequence[float], usable: float = 1.) -> int:
         """Return the size of the first batch by which all are in time on a subnet, 0 if by none."""
