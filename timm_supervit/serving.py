@@ -31,7 +31,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from .cascade import probabilities
-from .images.datasets import preprocessing
+from .images.datasets import img_mode, preprocessing
 from .images.passes import check_finite, inference
 from .loading.class_names import shown_class_names
 from .loading.load import load_model
@@ -82,7 +82,8 @@ def build_app(args: Arguments) -> serve.Application:
     info = load_results(args.profile).info
     on_gpu = str(info.get('device')).startswith('cuda')
     resources = {'num_gpus': 1} if on_gpu else {'num_cpus': info.get('threads', 1)}
-    return SubnetServer.options(ray_actor_options=resources).bind(model, scheduler)
+    deployment: Any = SubnetServer  # what Ray makes of the class
+    return deployment.options(ray_actor_options=resources).bind(model, scheduler)
 
 
 class _Waiting(NamedTuple):
@@ -104,7 +105,7 @@ class SubnetServer:
         self.names = shown_class_names(self.model)
         config = preprocessing(self.model)
         self.transform: Any = create_transform(**config, is_training=False)
-        self.mode = 'RGB' if self.model.in_chans == 3 else 'L'
+        self.mode = img_mode(self.model)
         self.side = max(size_2d(config['input_size'][1:])) / config['crop_pct']
         self.model.subnet_macs(scheduler.subnets)  # refuses what the model does not run
         for subnet in scheduler.subnets:
