@@ -189,17 +189,19 @@ def open_dataset(
     if dataset is None:
         dataset = trained.get('dataset', '')
     kind, _, name = dataset.partition('/')
-    check_data(data_dir, dataset)
     if not given and kind.lower() in _FETCHED and not os.path.exists(name):
         raise ValueError(
             f'the model was trained on --dataset {dataset}, which is not fetched unasked; give that, or '
             f'--dataset "" for folders of images')
+    check_data(data_dir, dataset)
     if kind.lower() != trained.get('dataset', '').partition('/')[0].lower():
         trained = {}
     is_own_map = class_map is None
     class_map, input_key, target_key = (
         (trained.get(key) if value is None else value) or None
         for key, value in (('class_map', class_map), ('input_key', input_key), ('target_key', target_key)))
+    if class_map and os.path.exists(class_map):
+        check_regular(class_map)
     if model is not None:
         input_img_mode = img_mode(model, input_img_mode)
     options: dict[str, Any] = dict(input_key=input_key, target_key=target_key)
