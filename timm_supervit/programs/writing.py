@@ -1,6 +1,7 @@
 """Writing a module as an ONNX file or as a program of ``torch.export``."""
 import io
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def write_program(
         torch.export.save(exported, content, extra_files={f'{FACTS}.json': json.dumps(facts)} if facts else None)
         Path(path).write_bytes(content.getbuffer())
         return
+    logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that stays as it is
     with torch.no_grad():
         program: Any = torch.onnx.export(
             module,
