@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-# Ray would tell its makers of each start, and report metrics each 10 s only.
-ENV = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_metrics_report_interval_ms': '1000'}
+# Ray would tell its makers of each start, report metrics each 10 s only, and give way to all other processes.
+ENV = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_metrics_report_interval_ms': '1000', 'RAY_worker_niceness': '0'}
 
 
 def free_port() -> int:

@@ -24,10 +24,13 @@ from timm_supervit.tools.quickstart import quickstart
 
 ROOT = Path(__file__).parents[1]
 PAGES = ['README.md', *(f'docs/{name}.md' for name in (
-    'method', 'backbones', 'training', 'deployment', 'python', 'registration', 'benchmarks'))]
+    'method', 'backbones', 'training', 'deployment', 'python', 'registration', 'benchmarks', 'serving'))]
 
-# Commands that other checks run: the installation and the tests by ``.ci/run``, the benchmarks by whoever measures.
-ELSEWHERE = ('pip install', 'pytest', 'python tests/benchmark', '.ci/run')
+# Commands that other checks run: the installation and the tests by ``.ci/run``, servers by ``test_serving.py``, the
+# benchmarks by whoever measures.
+ELSEWHERE = ('pip install', 'pytest', 'python tests/', 'OMP_NUM_THREADS=1', '.ci/run', 'serve run', 'curl')
+# Whose snippets ``test_deployment.py`` and ``test_serving.py`` run.
+RUN_BY_TESTS = ('docs/deployment.md', 'docs/serving.md')
 PHOTOGRAPHS = 'cifar10-subset'  # no part of this project; what was measured with them is told, with its commands
 SCRIPTS = re.compile(r'(torchrun --nproc-per-node \d+ |python )(train|validate)\.py')
 
@@ -97,7 +100,8 @@ class Reader:
             for path in (sorted(glob.glob(word)) if '*' in word else [word])]
         assert program == 'supervit', f'{command}: who runs this?'
         if arguments[0] == 'quickstart':
-            self.start_quickly()
+            if not Path('output/digits').exists():
+                self.start_quickly()
             return True
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, f'{command}\n{result.output}'
@@ -139,7 +143,7 @@ def test_every_command_and_snippet_runs_in_order(reader: Reader) -> None:
         start = time.perf_counter()
         if language == 'bash':
             ran += reader.run_shell(text)
-        elif language == 'python' and page != 'docs/deployment.md':  # which test_deployment.py runs
+        elif language == 'python' and page not in RUN_BY_TESTS:
             reader.run_python(page, text)
         print(f'{time.perf_counter() - start:5.1f} s  {page}: {text.splitlines()[0]}')
     commands = {command.split()[1] for command in ran}

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from timm.data import create_transform
 from timm.models import save_for_hf
@@ -33,7 +35,9 @@ from timm_supervit.tools.profile import profile
 pytest.importorskip('ray.serve', reason='the application needs the extra: pip install "timm-supervit[serve]"')
 
 import starlette.requests
-from ray_cluster import Cluster, serve
+import uvicorn
+from ray.serve.schema import ServeDeploySchema
+from ray_cluster import Cluster, free_port, serve
 
 from timm_supervit.serving import MAX_BODY, Arguments, SubnetServer, build_app
 
@@ -353,3 +357,46 @@ def test_a_damaged_model_folder_is_told(measured: dict[str, str], tmp_path: Path
                     'damaged': {**measured, 'model': f'local-dir:{tmp_path}', 'slo_ms': 500}}
     with pytest.raises(TimeoutError, match='cannot be created'), serve(applications):
         pass
+
+
+# What docs/serving.md says
+
+PAGE = (Path(__file__).parents[1] / 'docs' / 'serving.md').read_text(encoding='utf-8')
+
+
+def test_the_server_in_the_page_answers(
+        measured: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'output').mkdir()
+    (tmp_path / 'output' / 'digits').symlink_to(measured['model'][10:])
+    (tmp_path / 'results').symlink_to(Path(measured['profile']).parent)
+    monkeypatch.chdir(tmp_path)
+    block, = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+    defined: dict[str, Any] = {'__name__': 'server'}
+    exec(block, defined)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(defined['app'], port=port, log_level='error'))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.05)
+        url = f'http://127.0.0.1:{port}'
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda _: post(url, timeout=10), range(300)))
+        assert {status for status, _ in answers} <= {200, 503}
+        assert post(url)[1]['subnet'] == '24:1'
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    model: Any = load_model(measured['model'])
+    with torch.no_grad():
+        expected = model(defined['transform'](Image.fromarray(PIXELS))[None], img_size=24, keep_rate=1.0).argmax()
+    assert any(answer == {'index': int(expected), 'subnet': '24:1'} for status, answer in answers if status == 200)
+
+
+def test_the_config_file_in_the_page_is_one_of_ray() -> None:
+    block, = re.findall(r'```yaml\n(.*?)```', PAGE, re.DOTALL)
+    application, = ServeDeploySchema.model_validate(yaml.safe_load(block)).applications
+    assert application.import_path == f'{build_app.__module__}:{build_app.__name__}'
+    assert Arguments(**application.args).slo_ms == 100
+    assert [deployment.name for deployment in application.deployments] == [SubnetServer.name]

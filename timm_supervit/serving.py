@@ -82,7 +82,7 @@ def build_app(args: Arguments) -> serve.Application:
     info = load_results(args.profile).info
     on_gpu = str(info.get('device')).startswith('cuda')
     resources = {'num_gpus': 1} if on_gpu else {'num_cpus': info.get('threads', 1)}
-    deployment: Any = SubnetServer  # what Ray makes of the class
+    deployment: Any = SubnetServer  # as Ray's decorator makes it
     return deployment.options(ray_actor_options=resources).bind(model, scheduler)
 
 
@@ -118,8 +118,9 @@ class SubnetServer:
         self.batches: asyncio.Task | None = None
         self.readers = ThreadPoolExecutor(2, 'reader')  # as many images in full size are in memory at once
         self.runner = ThreadPoolExecutor(1, 'runner')
+        tags: Any = ('outcome', 'subnet')
         self.requests = metrics.Counter(
-            'supervit_requests', 'Requests by how they ended and the subnet that answered.', ('outcome', 'subnet'))
+            'supervit_requests', 'Requests by how they ended and the subnet that answered.', tags)
         self.queue_length = metrics.Gauge('supervit_queue_length', 'Images that wait for a batch.')
 
     async def __call__(self, request: Request) -> Response:
