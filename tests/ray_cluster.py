@@ -62,7 +62,7 @@ class Cluster:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f'{self.url}/-/healthz', timeout=5) as answer:
-                if answer.status == 200 and len(self.replicas()) == self.num_replicas:
+                if answer.status == 200 and len(self.replicas()) >= self.num_replicas:
                     return
             time.sleep(0.2)
         raise TimeoutError(f'the application is not there\n{self.log.read_text(errors="replace")[-5000:]}')
