@@ -170,7 +170,7 @@ def written(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> P
     """Let every export write the same pt2 file, whatever its model."""
     path = exported('pt2', SUBNET)
 
-    def write(module: Any, images: Any, target: Path, format: str, facts: dict[str, Any], opset: Any) -> None:
+    def write(module: Any, images: Any, target: Path, format: str, facts: dict[str, Any]) -> None:
         shutil.copy(path, target)
 
     monkeypatch.setattr(export, 'write_program', write)

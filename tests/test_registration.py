@@ -22,7 +22,8 @@ MODELS = ['supervit_base', 'supervit_digits', 'supervit_small', 'supervit_tiny']
 # Tools and commands import these others, and never are what timm meets first: one of each kind is enough.
 SUBMODULES = [
     module.name for module in pkgutil.walk_packages(timm_supervit.__path__, 'timm_supervit.')
-    if not module.name.startswith(('timm_supervit.tools.', 'timm_supervit.cli.', 'timm_supervit.__main__'))]
+    if not module.name.startswith(('timm_supervit.tools.', 'timm_supervit.cli.', 'timm_supervit.__main__'))
+    and module.name != 'timm_supervit.serving']  # Ray warns when it is imported
 SUBMODULES += ['timm_supervit.tools.evaluate', 'timm_supervit.cli.options']
 # Those of which each imports many others.
 ENTRANCES = {f'timm_supervit.{name}' for name in (

@@ -31,7 +31,7 @@ _OPERATORS = re.compile(
     'conv2d|convolution|cos|cumsum|detach|div|dropout|elu|embedding|empty|eq|erf|exp|expand|expand_as|flatten|flip|'
     'floor|floor_divide|full|full_like|gather|ge|gelu|group_norm|gt|hardsigmoid|hardswish|hardtanh|index|'
     'index_select|item|layer_norm|le|leaky_relu|lift_fresh_copy|linear|linspace|log|log_softmax|logical_and|'
-    'logical_not|logical_or|lt|masked_fill|matmul|max|max_pool2d|maximum|mean|min|minimum|mish|mm|mul|narrow|'
+    'logical_not|logical_or|lt|masked_fill|matmul|max|max_pool2d|maximum|mean|meshgrid|min|minimum|mish|mm|mul|narrow|'
     'native_layer_norm|ne|neg|new_full|new_ones|new_zeros|norm|ones|ones_like|or|outer|pad|permute|pow|prelu|'
     'promote_types|reciprocal|relu|relu6|remainder|repeat|repeat_interleave|reshape|reshape_as|rms_norm|roll|round|'
     'rsqrt|rsub|scaled_dot_product_attention|select|selu|sigmoid|sign|silu|sin|slice|softmax|softplus|sort|split|'

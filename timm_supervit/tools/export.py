@@ -101,7 +101,7 @@ def export(
     network = fingerprint(model)
     with fill_folder(output) as folder:
         return [
-            _export(module, folder, format, network, bool(quantize), calibration, opset)
+            _export(module, folder, format, network, bool(quantize), calibration, {'opset': opset} if opset else {})
             for module in progress(modules, 'Exporting')]
 
 
@@ -112,7 +112,7 @@ def _export(
         network: dict[str, Any],
         is_int8: bool,
         calibration: Any,
-        opset: int | None,
+        how: dict[str, Any],
 ) -> dict[str, Any]:
     facts = _describe(module, format, network)
     stem = facts['model']
@@ -122,13 +122,13 @@ def _export(
     checks: dict[str, Any] = {}
     if not is_int8:
         path = folder / f'{stem}.{format}'
-        write_program(module, images, path, format, facts, opset)
+        write_program(module, images, path, format, facts, **how)
         checks['max_difference'] = _compare(module, path)
     else:
         path = folder / f'{stem}-int8.{format}'
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / f'{stem}.{format}'
-            write_program(module, images, source, format, facts, opset)
+            write_program(module, images, source, format, facts, **how)
             _compare(module, source)
             facts |= {'precision': 'int8', 'calibrated': calibration is not None}
             path.write_bytes(quantize_program(source, json.dumps(facts), calibration))
