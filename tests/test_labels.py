@@ -396,3 +396,13 @@ def test_channels_that_no_image_has_are_named(knowing, tmp_path):
         open_dataset(str(folder), model=knowing(NAMES), input_img_mode='RGBA')
     with pytest.raises(ValueError, match='NONE has no channels'):
         open_dataset(str(folder), model=knowing(NAMES), input_img_mode='NONE')
+
+
+def test_names_of_a_head_that_was_replaced_are_none(knowing, tmp_path):
+    folder = make_images(tmp_path / 'data', NAMES[:2], ('validation',))
+    model = knowing((), 2)
+    expected = active(evaluate(model, folder, workers=0))
+    model.pretrained_cfg['label_names'] = dict(enumerate(['x', 'y', NAMES[0], NAMES[1]]))
+    assert active(evaluate(model, folder, workers=0)) == expected
+    with pytest.raises(ValueError, match='--class-map'):
+        evaluate(knowing((), 5), folder, workers=0)

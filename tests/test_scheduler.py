@@ -245,3 +245,12 @@ def test_results_of_several_settings_or_networks_are_refused(files: tuple[Path, 
     other = save(tmp_path, 'other', json.loads(profile.read_text())['rows'], architecture='supervit_tiny')
     with pytest.raises(ValueError, match='supervit_small and supervit_tiny'):
         SubnetScheduler.from_results(evaluate, other, 1000)
+
+
+def test_results_of_an_interrupted_run_are_refused(tmp_path: Path) -> None:
+    network = {'architecture': 'm'}
+    row: dict[str, Any] = {'img_size': 16, 'keep_rate': 1.0, 'batch_size': 1, 'top1': 90., 'latency_ms': 1.}
+    paths = [tmp_path / save_results(Results('m', [row], {'partial': partial}, network), tmp_path, name)
+             for name, partial in (('evaluate', True), ('profile', False))]
+    with pytest.raises(ValueError, match=r'evaluate-partial\.json.*partial'):
+        SubnetScheduler.from_results(*paths, slo_ms=10)

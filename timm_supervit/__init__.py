@@ -6,8 +6,8 @@ from typing import Any
 from .registration import install_hooks
 
 __all__ = [
-    'Cascade', 'LabelMapDataset', 'Subnet', 'SubnetScheduler', 'SuperLVViT', 'SuperViTTask', 'SuperVisionTransformer',
-    'TokenLabelTask', 'load_model']
+    'Cascade', 'LabelMapDataset', 'Subnet', 'SubnetScheduler', 'SuperLVViT', 'SuperViT', 'SuperViTTask',
+    'SuperVisionTransformer', 'TokenLabelTask', 'load_model']
 
 # Where each public name lives. They are imported on first use (PEP 562), since this package is imported with torch.
 _NAMES = {
@@ -17,6 +17,7 @@ _NAMES = {
     'SubnetScheduler': '.scheduler',
     'SuperLVViT': '.models.lvvit',
     'SuperViTTask': '.training.task',
+    'SuperViT': '.models.supervit',
     'SuperVisionTransformer': '.models.supervit',
     'TokenLabelTask': '.training.token_labels',
     'load_model': '.loading.load',

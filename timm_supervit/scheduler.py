@@ -121,6 +121,9 @@ class SubnetScheduler:
             ValueError: If the files are of different networks, or of several settings, or have no subnet in common.
         """
         results = {key: load_results(path) for key, path in {'top1': evaluate, 'latency_ms': profile}.items()}
+        for path, found_there in zip((evaluate, profile), results.values(), strict=True):
+            if found_there.partial:
+                raise ValueError(f'{path} is of an interrupted run, marked partial; let it run to the end')
         if what := difference(*results.values()):
             raise ValueError(f'{evaluate} and {profile} are of different networks: {what}; give results of one network')
         measured: dict[str, dict[Subnet, dict[int, float]]] = {'top1': {}, 'latency_ms': {}}

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -24,7 +25,8 @@ def label_names(model: Any) -> dict[int, str]:
     """
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ()
     if isinstance(names, Mapping):  # of only some classes, perhaps
-        return {int(index): str(name) for index, name in names.items()}
+        known = {int(index): str(name) for index, name in names.items()}
+        return known if known.keys() <= set(range(model.num_classes)) else {}  # of a head that was replaced
     return {i: str(name) for i, name in enumerate(names)} if len(names) == model.num_classes else {}
 
 
@@ -69,9 +71,11 @@ def follow_names(
     foreign = [name for name, number in numbers.items() if number is None]
     if foreign and not class_map and (not names or _are_numbers(found, names, dataset)):
         if len(found) != num_classes:
+            unclear = f' ({foreign[0]!r} is no name of one alone)' if len(foreign) < len(found) else ''
             raise ValueError(
-                f'the data set has {len(found)} classes and the model {num_classes}; check the folder, or give a '
-                f'checkpoint of {len(found)} classes, with --num-classes {len(found)} if it is no one of train.py')
+                f'the data set has {len(found)} classes and the model {num_classes}{unclear}; check the folder, or '
+                f'give a --class-map, or a checkpoint of {len(found)} classes, with --num-classes {len(found)} if it '
+                f'is no one of train.py')
         return None
     if foreign:
         known = list(map(str, class_map or names.values()))
@@ -93,7 +97,7 @@ def _renumber(numbers: Mapping[int, int], num_classes: int, target: int) -> int:
 def _check_class_map(class_map: Mapping[Any, int], names: Mapping[int, str], num_classes: int) -> None:
     known = {name: i for i, name in names.items()}
     for name, number in class_map.items():
-        if not isinstance(number, int) or not 0 <= number < num_classes:
+        if not isinstance(number, Integral) or not 0 <= number < num_classes:
             raise ValueError(
                 f'the class map gives {name!r} the number {number}, and the model has {num_classes} classes; give the '
                 f'map that it was trained with')

@@ -35,6 +35,7 @@ CHANGEABLE = (
     'dense_weight', 'drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'weight_init',
     'fix_init')
 
+_MOST_RESAMPLED = 2 ** 28  # numbers of position embeddings that a checkpoint has for other sizes
 _DATA_SETTINGS = ('mean', 'std', 'interpolation', 'crop_pct')  # of train.py, for the images of its validation
 _WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number'}
 
@@ -190,7 +191,9 @@ def _check_room(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any], 
     too_large = isinstance(depth, int) and depth > len(checkpoint.state_dict)  # a block has several weights
     if not too_large:
         model = _create(name, {**settings, 'device': 'meta'}, source=source)
-        too_large = sum(parameter.numel() for parameter in model.parameters()) > size
+        counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        own = sum(count for name, count in counts.items() if not name.startswith('pos_embed_list.'))
+        too_large = own > size or sum(counts.values()) > size + _MOST_RESAMPLED
     if too_large:
         raise ValueError(
             f'{checkpoint.path} has {size} bytes, which cannot fill {name} with '
@@ -324,6 +327,8 @@ def _name_classes(
         try:
             names = trained_class_names(args, model.num_classes)
         except (OSError, ValueError) as error:
+            for key in ('label_descriptions', 'label_names'):  # of what was trained on, maybe for other classes
+                model.pretrained_cfg.pop(key, None)
             return str(error)
     else:
         return ''

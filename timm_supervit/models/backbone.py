@@ -58,7 +58,7 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
     Args:
         pretrained: Load the backbone's weights.
         backbone: Name of the backbone, its tag included, as for ``timm.create_model``.
-        **kwargs: Settings of the backbone and of ``SuperVisionTransformer``.
+        **kwargs: Settings of the backbone and of ``SuperViT``.
 
     Raises:
         RuntimeError: If the weights cannot be read or do not fit, or there are none.

@@ -3,7 +3,7 @@
 Paper: `Super Vision Transformer` - https://arxiv.org/abs/2205.11397 (IJCV 2023)
 Official code: https://github.com/lmbxmu/SuperViT
 
-The network takes the image at any of several sizes, each with its own position embedding, and keeps only a share of the
+The network takes the image at any of several sizes, each with its own positions, and keeps only a share of the
 tokens in its dropping blocks. Every pair (image size, keep rate) is a subnet; all of them share all other weights.
 """
 import itertools

@@ -68,7 +68,10 @@ def check_archive(path: Path) -> None:
     Args:
         path: The file.
     """
-    from torch.export.pt2_archive import PT2ArchiveReader  # of torch 2.8
+    try:
+        from torch.export.pt2_archive import PT2ArchiveReader
+    except ImportError as error:
+        raise RuntimeError('pt2 files need torch 2.8 or later; update it, or use ONNX') from error
 
     reader = PT2ArchiveReader(os.fspath(path))  # sees what the loader sees, whatever other readers of archives see
     names = reader.get_file_names()
