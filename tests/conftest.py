@@ -104,5 +104,23 @@ def exported(model_to_export: Callable[..., Any], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
+def close(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a folder that may not be read; root may read any, so it is done in Python."""
+    scan, closed = os.scandir, []
+
+    def refuse(path: Any) -> Any:
+        if str(path) in closed:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scan(path)
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        closed.append(str(folder))
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    return make
+
+
+@pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

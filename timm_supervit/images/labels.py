@@ -32,13 +32,19 @@ def label_names(model: Any) -> dict[int, str]:
 
 def class_numbers(dataset: Any) -> dict[Any, int]:
     """Return the classes of a data set by name, each with the number that it has there; empty where it has no names."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    dataset = _whole(dataset)
     numbers = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     if numbers is None:  # torchvision's ImageNet has several names for each
         names = getattr(dataset, 'classes', None) or ()
         numbers = {', '.join(name) if isinstance(name, tuple) else name: i for i, name in enumerate(names)}
     return dict(numbers)
+
+
+def _whole(dataset: Any) -> Any:
+    """Return the data set that a part, or a part of a part, is of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def follow_names(
@@ -112,8 +118,7 @@ def _are_numbers(found: Mapping[Any, int], names: Mapping[int, str], dataset: An
 
     So may be the model's, then, unless the data set is one of folders, whose names were read from folders like them.
     """
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    dataset = _whole(dataset)
     has_files = hasattr(getattr(dataset, 'reader', dataset), 'samples')  # of folders and tars, timm's and torchvision's
     return all(str(name) == str(i) for name, i in found.items()) or (
         not has_files and all(name == str(i) for i, name in names.items()))

@@ -115,8 +115,7 @@ class ElasticSubnet(nn.Module):
         return model.forward_head(model.norm(tokens.x))
 
     def _schedule(self, x: Tensor, row: Tensor, keep_rate: Tensor) -> tuple[dict[int, Any], dict[int, Tensor]]:
-        """Return for each dropping block how many patches it keeps, see ``keep_schedule``, and if it drops any.
-        """
+        """Return for each dropping block how many patches it keeps, see ``keep_schedule``, and if it drops any."""
         num_patches: Any = x.shape[1] - self.model.num_prefix_tokens
         kept, schedule, drops = row[2:3].double(), dict[int, Any](), dict[int, Tensor]()
         for i in self.model.drop_layers:

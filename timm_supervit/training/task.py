@@ -177,7 +177,8 @@ class SuperViTTask(ClassificationTask):
             if subnet.img_size in teachers:
                 teacher = teachers[subnet.img_size] if self.model.distill_teacher == 'own_size' else outputs[0]
                 roles.append('distill')
-                losses.append((distill or self.choose_distillation())(logits, teacher))
+                distill = distill or self.choose_distillation()
+                losses.append(distill(logits, teacher))
             else:
                 roles.append('label')
                 losses.append(label_loss(logits))
