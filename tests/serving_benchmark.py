@@ -28,7 +28,7 @@ import timm
 import torch
 from PIL import Image
 from ray_cluster import serve
-from serving_simulation import ALONE, arrivals, day, published
+from serving_simulation import arrivals, day, published
 
 from timm_supervit import Subnet
 from timm_supervit.results.rows import Results, load_results, save_results, subnet_of
@@ -98,14 +98,14 @@ def prepare(folder: Path, rounds: int) -> Path:
          str(folder), '-q'], check=True, stdout=subprocess.DEVNULL)
     network = load_results(folder / 'profile.json').network
     evaluated = {subnet: {**subnet._asdict(), 'top1': top1} for subnet, _, top1 in published()}
-    for name, subnets in {'scheduler': list(evaluated), **{contestant(s): [Subnet(*s)] for s in ALONE}}.items():
+    for name, subnets in {'scheduler': list(evaluated), **{contestant(s): [s] for s in evaluated}}.items():
         rows: list[Any] = [evaluated[subnet] for subnet in subnets]
         save_results(Results('supervit_small', rows, {}, network), folder, name)
     return model
 
 
-def contestant(subnet: tuple[int, float]) -> str:
-    return f'{subnet[0]}-{subnet[1]:g}'
+def contestant(subnet: Subnet) -> str:
+    return str(subnet).replace(':', '-')
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def main() -> None:
         capacity = max(1e3 * size / latency[full, size] for size in BATCH_SIZES)
         limit_ms = 4 * latency[full, 1]
         accuracy = {str(subnet): top1 for subnet, _, top1 in published()}
-        contestants = ['scheduler', *map(contestant, ALONE)]
+        contestants = ['scheduler', *(contestant(subnet) for subnet, _, _ in published())]
         # Of the quiet load the full subnet is the other one to know.
         runs = [
             (name, cv2, 'day', seed) for name in contestants for cv2 in CV2 for seed in range(options.passes)]

@@ -23,7 +23,6 @@ import numpy as np
 from timm_supervit import Subnet, SubnetScheduler
 
 ROOT = Path(__file__).parents[1]
-ALONE = [(128, 0.5), (128, 0.7), (160, 0.5), (160, 0.7), (192, 0.5), (224, 0.5), (224, 1.0)]  # contestants
 Policy = Callable[[Sequence[float], float], tuple[Subnet, int]]
 
 
@@ -137,7 +136,7 @@ def main() -> None:
         capacity = replicas * max(1e3 * size / ms for size, ms in full.items())
         contestants: dict[str, tuple[SubnetScheduler, Policy]] = {'scheduler': (scheduler, scheduler.choose)}
         contestants['SlackFit'] = scheduler, slackfit(scheduler, quality, list(full), 20)
-        for subnet in (Subnet(*subnet) for subnet in ALONE):
+        for subnet in quality:
             alone = SubnetScheduler({subnet: latency[subnet]}, {subnet: quality[subnet]}, slo_ms)
             contestants[str(subnet)] = alone, alone.choose
         loads = {'day': day(0.3 * capacity, 3 * capacity)} | ({'quiet': [0.3 * capacity]} if replicas == 1 else {})

@@ -214,6 +214,27 @@ def test_a_batch_that_fails_is_answered_and_the_next_one_runs(replica: Replica) 
     replica.server.check_health()
 
 
+def test_a_replica_whose_batches_have_stopped_is_not_healthy(
+        replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(slack_ms: Any, rate: float) -> Any:
+        raise ArithmeticError('no plan')
+
+    async def check() -> None:
+        monkeypatch.setattr(replica.server.scheduler, 'choose', fail)
+        waiting = asyncio.create_task(replica.send())
+        while not (replica.server.batches and replica.server.batches.done()):
+            await asyncio.sleep(0.01)
+        monkeypatch.undo()
+        with pytest.raises(ArithmeticError):  # nor does the next request start them anew, which would hide it
+            await replica.send()
+        with pytest.raises(ArithmeticError):
+            replica.server.check_health()
+        waiting.cancel()
+
+    asyncio.run(check())
+
+
+
 def test_a_machine_that_is_slower_than_in_the_profile_is_known(replica: Replica) -> None:
     """Of a network that takes four times as long, the large subnet is late; it is left after a few requests."""
     run = replica.server.run

@@ -83,7 +83,7 @@ def build_app(args: Arguments) -> serve.Application:
     on_gpu = str(info.get('device')).startswith('cuda')
     resources = {'num_gpus': 1} if on_gpu else {'num_cpus': info.get('threads', 1)}
     deployment: Any = SubnetServer  # as Ray's decorator makes it
-    return deployment.options(ray_actor_options=resources).bind(model, scheduler)
+    return deployment.options(ray_actor_options=resources).bind(model, scheduler, 'cuda' if on_gpu else 'cpu')
 
 
 class _Waiting(NamedTuple):
@@ -97,11 +97,11 @@ class _Waiting(NamedTuple):
 class SubnetServer:
     """A replica: its queue of images, and the batches that it runs, one after the other."""
 
-    def __init__(self, model: str, scheduler: SubnetScheduler) -> None:
-        """Load a model, and run each subnet once, since a first call takes longer."""
+    def __init__(self, model: str, scheduler: SubnetScheduler, device: str = 'cpu') -> None:
+        """Load a model onto a device, and run each subnet once, since a first call takes longer."""
         self.scheduler = scheduler
         self.slo = scheduler.slo_ms / 1e3
-        self.model = load_model(model, device='cuda' if torch.cuda.is_available() else 'cpu')
+        self.model = load_model(model, device=device)
         self.names = shown_class_names(self.model)
         config = preprocessing(self.model)
         self.transform: Any = create_transform(**config, is_training=False)
@@ -163,6 +163,7 @@ class SubnetServer:
         bisect.insort(self.queue, waiting, key=lambda waiting: waiting.deadline)
         self.refuse_hopeless()
         if self.batches is None or self.batches.done():
+            self.check_health()
             self.batches = asyncio.create_task(self.run_batches())
         answer = await waiting.answer
         return {**answer, 'time_ms': round(1e3 * (time.perf_counter() - arrival), 3)}
