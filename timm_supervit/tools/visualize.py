@@ -167,7 +167,7 @@ def draw_kept_tokens(kept_tokens: Sequence[KeptTokens]) -> Figure:
         cells = part.subplots(1, columns, squeeze=False)[0]
         steps = {f'input, {format_size(row.subnet.img_size)} px': row.image}
         for block, kept in row.kept.items():
-            steps[f'block {block}: {kept.sum()} of {kept.size}'] = _mask(row.image, kept)
+            steps[f'block {block}: {kept.sum()} of {kept.size}'] = mask_dropped(row.image, kept)
         for cell in cells:
             cell.set_axis_off()
         for cell, (title, image) in zip(cells, steps.items(), strict=False):
@@ -184,7 +184,8 @@ def _caption(row: KeptTokens) -> str:
         f'keep rate {row.subnet.keep_rate:g}{prediction} at {cost.text(row.macs)} {cost.unit}MACs')
 
 
-def _mask(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def mask_dropped(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return an image [H, W, C] with the patches lightened that are not kept [grid, grid]."""
     patch_size = image.shape[0] // kept.shape[0]
     dropped = ~kept.repeat(patch_size, axis=0).repeat(patch_size, axis=1)[..., None]  # [H, W, 1]
     return np.where(dropped, image * (1 - _MASK_OPACITY) + _MASK_COLOR * _MASK_OPACITY, image)
