@@ -148,11 +148,11 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(checkpoint, images, argument
 
 def test_a_model_that_is_no_supervit_or_has_no_weights_is_refused(checkpoint, images):
     for model, message in [
-        ('vit_tiny_patch16_224', 'vit_tiny_patch16_224 is no SuperViT'),
+        ('resnet18', 'resnet18 is no SuperViT'),
         ('supervit_digits', 'has no pretrained weights; give trained ones with --checkpoint'),
         ('supervit_unknown', 'Unknown model'),
     ]:
-        arguments = ['--checkpoint', checkpoint] if model.startswith('vit') else []
+        arguments = ['--checkpoint', checkpoint] if model.startswith('resnet') else []
         result = supervit('evaluate', model, '--data-dir', images, *arguments)
         assert result.exit_code == 1
         assert message in result.stderr

@@ -466,6 +466,7 @@ def test_processes_share_the_images_and_each_is_done_once(source: str, folder: P
         result = supervit(
             'predict', source, folder, '--output', tmp_path / 'p.jsonl', '-b', 2, RANK=rank, WORLD_SIZE=3)
         assert result.exit_code == 0, result.output
+        assert bool(result.stderr) is (rank == 0)  # which says what was passed over
     assert sorted(path.name for path in tmp_path.iterdir()) == [f'p-{rank}-of-3.jsonl' for rank in range(3)]
     rows = [row for path in tmp_path.iterdir() for row in read_lines(path)]
     assert sorted(row['index'] for row in rows) == list(range(11))

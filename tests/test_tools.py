@@ -539,6 +539,7 @@ def evaluate_on_a_rank(rank, port, arguments, folder):
     result = CliRunner().invoke(main, ['evaluate', *arguments, '--json'])
     assert result.exit_code == 0, result.output
     (folder / f'{rank}.json').write_text(result.stdout)
+    (folder / f'{rank}.txt').write_text(result.stderr)
 
 
 def test_two_processes_count_eleven_images_exactly_and_the_first_prints_it(damaged, tmp_path):
@@ -546,14 +547,15 @@ def test_two_processes_count_eleven_images_exactly_and_the_first_prints_it(damag
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     arguments = [
         'supervit_digits', '--checkpoint', str(tmp_path / 'model.pth'), '--num-classes', str(CLASSES), '--device',
-        'cpu', '--data-dir', str(folder), '-b', '2', '--workers', '0', '--skip-bad-images', '--quiet']
+        'cpu', '--data-dir', str(folder), '-b', '2', '--workers', '0', '--skip-bad-images']
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
     run_ranks(evaluate_on_a_rank, port, arguments, tmp_path)
     single = json.loads(CliRunner().invoke(main, ['evaluate', *arguments, '--json']).stdout)
     assert json.loads((tmp_path / '0.json').read_text()) == single
-    assert (tmp_path / '1.json').read_text() == ''
+    assert 'Weights: model.pth' in (tmp_path / '0.txt').read_text()
+    assert (tmp_path / '1.json').read_text() == (tmp_path / '1.txt').read_text() == ''
     assert single['rows'][0]['count'] == 10
 
 

@@ -57,7 +57,6 @@ def command(
     from ..cascade import Cascade
     from ..images.datasets import check_data, open_dataset
     from ..results.files import check_output_folder
-    from ..tools import silent
     from ..tools.evaluate import evaluate, evaluate_cascade, evaluate_epochs
     from .progress import track
 
@@ -75,7 +74,7 @@ def command(
     with loading.processes(device) as (device, is_first):
         run: dict[str, Any] = dict(
             batch_size=batch_size, workers=workers, precision=loading.precision_of(amp, amp_dtype),
-            skip_bad_images=skip_bad_images, progress=track if is_first else silent)
+            skip_bad_images=skip_bad_images, progress=track)
         if is_run:
             settings = loading.parse_settings(model_options['num_classes'], model_options['model_kwargs'])
             results = evaluate_epochs(
@@ -115,6 +114,7 @@ def _show_epochs(results: Any, output: str | None) -> None:
 
     table = table_of_epochs(results)
     loading.show_weights(results.info['checkpoint'], results.info['entry'], results.info['other_entries'])
+    loading.show_plain(results.info['plain'], results.network['img_sizes'], results.network['drop_layers'])
     report(
         results, output, 'epochs',
         lambda: {'.png': draw_operating_points(results.rows, 'epoch', title=_title(results))},

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from ..subnets import format_size
 from .options import check_pairs
-from .stdout import echo, note
+from .stdout import be_quiet, echo, note
 
 
 def parse_settings(num_classes: int | None, model_kwargs: tuple[str, ...]) -> dict[str, Any]:
@@ -71,9 +72,10 @@ def load(
         return loaded
     if source.path:
         show_weights(source.path, source.entry, source.other_entries)
-    elif kwargs.get('pretrained', True) and ':' not in source.name:
+    elif kwargs.get('pretrained', True) and ':' not in source.name and not source.plain:
         note(f'Weights: plain ones that {source.name} starts from, not super-trained: '
              f'accuracy with few tokens or small images means nothing')
+    show_plain(source.plain, loaded.img_sizes, loaded.drop_layers)
     if source.unnamed:
         remedy = '--class-names says where they are' if 'class_names' in kwargs else \
             'as many as the data set has, in its order; --class-map says another'
@@ -90,6 +92,14 @@ def show_weights(path: str, entry: str, other_entries: Sequence[str]) -> None:
     note(f'Weights: {f"{entry} of " if entry else ""}{Path(path).name}{also}')
 
 
+def show_plain(name: str, img_sizes: Sequence[Any], drop_layers: Sequence[int]) -> None:
+    """Say on stderr what was made of a plain ViT, if it is of one."""
+    if name:
+        note(f'Model: {name}, a plain ViT, as a SuperViT of img_sizes {", ".join(map(format_size, img_sizes))} that '
+             f'drops tokens in blocks {", ".join(map(str, drop_layers))}; --model-kwargs img_sizes= and drop_layers= '
+             f'choose others. It was not super-trained, so small images and few tokens cost it more accuracy')
+
+
 def show_passed_over(paths: Sequence[str]) -> None:
     """Say on stderr what was passed over in folders of images."""
     named = ', '.join(paths[:5]) + (f' and {len(paths) - 5} more' if len(paths) > 5 else '')
@@ -102,19 +112,25 @@ def precision_of(amp: bool, amp_dtype: str) -> str:
 
 
 def read_share() -> Any:
-    """Return which of several processes this is, as torchrun says in the environment, see ``Share``."""
+    """Return which of several processes this is, as torchrun says in the environment, see ``Share``.
+
+    All but the first say no more than errors.
+    """
     from ..tools.predict import Share
 
     rank, size = os.environ.get('RANK'), os.environ.get('WORLD_SIZE', '1')
     if rank is None and size == '1':
         return Share()
     try:
-        return Share(int(rank or ''), int(size))
+        share = Share(int(rank or ''), int(size))
     except ValueError as error:
         said = ' and '.join(f'{key}={os.environ[key]}' for key in ('RANK', 'WORLD_SIZE') if key in os.environ)
         raise ValueError(
             f'{said} in the environment: RANK is to be a whole number from 0 and below WORLD_SIZE; start processes '
             f'with torchrun, which sets both, or unset both') from error
+    if share.rank:
+        be_quiet()
+    return share
 
 
 @contextlib.contextmanager
@@ -126,6 +142,8 @@ def processes(device: str | None) -> Iterator[tuple[str, bool]]:
     read_share()
     setup = argparse.Namespace(device=resolve_device(device))
     init_distributed_device(setup)
+    if not is_primary(setup):
+        be_quiet()
     try:
         yield setup.device, is_primary(setup)
     finally:

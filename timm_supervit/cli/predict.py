@@ -61,7 +61,6 @@ def command(
     """
     from ..cascade import Cascade
     from ..images.datasets import check_data, open_dataset
-    from ..tools import silent
     from ..tools.predict import find_images, predict
     from .progress import track
     from .tables import list_table, print_table
@@ -81,15 +80,15 @@ def command(
         where = f'cuda:{os.environ.get("LOCAL_RANK", share.rank)}'
     model = loading.load(**model_options, device=where)
     images = files or open_dataset(data_dir, model=model, **data)
-    if images.passed_over and share.rank == 0:
+    if images.passed_over:
         loading.show_passed_over(images.passed_over)
     if cascade:
         with loading.warnings_shown():
             model = Cascade.load(model, cascade)
     predictions = predict(
         model, images, subnet, top=top, output=output, share=share, batch_size=batch_size, workers=workers,
-        precision=loading.precision_of(amp, amp_dtype), progress=silent if share.rank else track)
-    if predictions.num_resumed and share.rank == 0:
+        precision=loading.precision_of(amp, amp_dtype), progress=track)
+    if predictions.num_resumed:
         note(f'{predictions.num_resumed} images are in {predictions.path} already.')
     shown = []
     for row in predictions:

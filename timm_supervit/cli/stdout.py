@@ -31,6 +31,11 @@ def is_quiet() -> bool:
     return _is_set(QUIET)
 
 
+def be_quiet() -> None:
+    """Let stderr hold nothing but errors from now on, as for all but the first of several processes."""
+    click.get_current_context().meta[QUIET] = True
+
+
 def _is_set(key: str) -> bool:
     context = click.get_current_context(silent=True)
     return context is not None and context.meta.get(key, False)

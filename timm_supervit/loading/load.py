@@ -2,6 +2,8 @@
 
 timm's ``train.py`` keeps its arguments in its checkpoints. What is given beside such a file may repeat them, and choose
 what is no property of the trained network, such as the active subnet; anything else is refused.
+
+A plain ViT of timm, by name, in a folder or in a checkpoint, is loaded as the ``supervit`` that has it for a backbone.
 """
 import difflib
 import inspect
@@ -15,7 +17,8 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import split_model_name_tag
+from timm.layers import to_2tuple
+from timm.models import model_entrypoint, resolve_model_input_args, split_model_name_tag
 
 from ..images.datasets import IMG_MODE_NOTE
 from ..images.preparation import check_preparation
@@ -35,6 +38,8 @@ CHANGEABLE = (
     'dense_weight', 'drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'weight_init',
     'fix_init')
 
+_GRID = ('img_sizes', 'drop_layers')  # what a plain ViT has none of
+_ITS_OWN = ('img_size', 'patch_drop_rate')  # settings of a plain ViT that mean something else here, or act in training
 _MOST_RESAMPLED = 2 ** 28  # numbers of position embeddings that a checkpoint has for other sizes
 _DATA_SETTINGS = ('mean', 'std', 'interpolation', 'crop_pct')  # of train.py, for the images of its validation
 _WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number'}
@@ -117,14 +122,13 @@ def load_supervit(
     model, settings = model or '', dict(settings or {})
     if pretrained and timm.is_model(model) and not timm.models.is_model_pretrained(model):
         raise ValueError(f'{model} has no pretrained weights; give trained ones with --checkpoint')
-    created = _create(model, settings, pretrained)
+    created = _create(model, settings, pretrained)  # which notes its source
     own = created.pretrained_cfg['num_classes']
     if pretrained and created.num_classes != own:  # timm would leave the head as it was drawn
         raise ValueError(
             f'num_classes={created.num_classes} contradicts the weights of {model}, which have {own} classes; '
             f'leave it out, or give weights of {created.num_classes} classes with --checkpoint')
     _name_classes(created, class_names)
-    created.source = Source(model)
     return created.to(device)
 
 
@@ -144,15 +148,27 @@ def model_of(
         raise ValueError(f'{checkpoint.path} holds settings of no SuperViT: {error}') from error
     if not model and not trained_model:
         raise ValueError(f'{checkpoint.path} does not say which model it is of; name the model and its settings')
+    backbone = trained.get('backbone')
+    _stay_offline(
+        checkpoint.path, '' if model else trained_model, '' if backbone == settings.get('backbone') else backbone)
+    plain = _plain_architecture(model if _is_fetched(trained_model) else trained_model)
+    if plain:
+        size = _trained_size(checkpoint.args, trained)
+        trained = {key: value for key, value in trained.items() if key not in _ITS_OWN}
+        if split_model_name_tag(str(settings.get('backbone')))[0] == plain:
+            del settings['backbone']
+        model = trained_model if model == 'supervit' else model
+        if not model or _plain_architecture(model):  # else it is a SuperViT that starts from these weights
+            trained['backbone'] = plain if ':' in trained_model else trained_model
+            trained |= {'pretrained_cfg_overlay': {'input_size': (3, *size)}} if size else {}
     # Of a folder or a repository only the weights can tell whether it is the same.
     names = {split_model_name_tag(name)[0] for name in (model, trained_model) if name and ':' not in name}
-    if len(names) > 1:
+    if len(names) > 1 and ('backbone' in trained or not plain):
         raise ValueError(f'{model} contradicts {Path(checkpoint.path).name}, which is of {trained_model}; '
                          f'give the file alone, as MODEL')
-    changed = {key: value for key, value in settings.items() if not trained_model or key in CHANGEABLE}
+    free = (*CHANGEABLE, *(_GRID if plain else ()))
+    changed = {key: value for key, value in settings.items() if not trained_model or key in free}
     name, source = model or trained_model, '' if model else f', which {checkpoint.path} is of,'
-    backbone = trained.get('backbone')
-    _stay_offline(checkpoint.path, '' if model else name, '' if backbone == settings.get('backbone') else backbone)
     _check_room(checkpoint, name, {**trained, **changed}, source)
     created = _create(name, {**trained, **changed}, source=source)
     _refuse_contradictions(created, checkpoint, trained, {k: v for k, v in settings.items() if k not in changed})
@@ -171,18 +187,38 @@ def model_of(
             created.pretrained_cfg['notes'] = (*(created.pretrained_cfg.get('notes') or ()), f'{IMG_MODE_NOTE}{mode}')
     args = checkpoint.args if trained_model else None
     unnamed = _name_classes(created, class_names, args) if name_classes else ''
-    created.source = checkpoint.source(name, unnamed, trained_data(args) if args else None)
+    created.source = checkpoint.source(
+        created.source.name, unnamed, trained_data(args) if args else None)._replace(plain=created.source.plain)
     return created
+
+
+def _plain_architecture(model: str | None) -> str:
+    """Return the name, without its tag, of timm's own architecture that a model is of, which is no SuperViT, or ''."""
+    try:
+        name = resolve_model_input_args(model or '')['model_name']  # a folder and the Hub say it themselves
+    except Exception:  # of any kind; creating the model says what is wrong
+        return ''
+    return name if model_entrypoint(name).__module__.startswith('timm.') else ''
+
+
+def _trained_size(args: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the size (height, width) of the images that ``train.py`` trained a plain ViT on, if it was told one."""
+    size = (args.get('input_size') or ())[1:] or args.get('img_size') or settings.get('img_size')
+    return to_2tuple(size) if size else None
 
 
 def _stay_offline(path: str, *unasked: Any) -> None:
     """Refuse a checkpoint that would have something fetched that its user has not named."""
     for value in unasked:
-        scheme, colon, _ = str(value).partition(':')
-        if colon and scheme != 'local-dir':
+        if _is_fetched(value):
             raise ValueError(
                 f'{path} is of {reprlib.repr(value)}, and what a file names is not fetched unasked; name it yourself: '
                 f'MODEL and --checkpoint {path}, with --model-kwargs backbone= where it is the backbone')
+
+
+def _is_fetched(model: Any) -> bool:
+    scheme, colon, _ = str(model).partition(':')
+    return bool(colon) and scheme != 'local-dir'
 
 
 def _check_room(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any], source: str) -> None:
@@ -273,17 +309,35 @@ def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, s
             if path.exists():
                 check_regular(path)  # timm reads what has the name of a file
     shown = ' '.join(f'{key}={value:.200}' if isinstance(value, str) else f'{key}={reprlib.repr(value)}'
-                     for key, value in settings.items() if key != 'device')
+                     for key, value in settings.items() if key not in ('device', 'pretrained_cfg_overlay'))
+    plain = _plain_architecture(model)
     try:
-        created = timm.create_model(model, pretrained=pretrained, **settings)
+        if plain:
+            created = timm.create_model('supervit', pretrained=pretrained, **{**_plain_settings(model), **settings})
+        else:
+            created = timm.create_model(model, pretrained=pretrained, **settings)
     except ImportError:
         raise
     except Exception as error:  # what settings and files of any content raise can be of any kind
-        raise ValueError(
-            f'{model}{source} cannot be created{f" with {shown}" if shown else ""}: {_reason(error)}') from error
+        what = 'is no SuperViT, and none can be made of it' if plain else 'cannot be created'
+        raise ValueError(f'{model}{source} {what}{f" with {shown}" if shown else ""}: {_reason(error)}') from error
     if not isinstance(created, SuperViT):
         raise ValueError(f'{model}{source} is no SuperViT; {remedy}')
+    created.source = Source('supervit' if plain and ':' not in model else model, plain=plain)
     return created.eval()
+
+
+def _plain_settings(model: str) -> dict[str, Any]:
+    """Return the settings of a ``supervit`` that has a plain model for its backbone, and its size for the largest."""
+    if ':' not in model:
+        return {'backbone': model}
+    saved = resolve_model_input_args(model)
+    config = saved['pretrained_cfg']
+    channels, *size = config['input_size']
+    input_size = (channels, *to_2tuple(saved.get('img_size', size)))
+    own = ('model_name', 'pretrained_cfg', 'pretrained_model_args', *_ITS_OWN)
+    return {key: value for key, value in saved.items() if key not in own} | {
+        'backbone': saved['model_name'], 'pretrained_cfg': config, 'pretrained_cfg_overlay': {'input_size': input_size}}
 
 
 def _reason(error: Exception) -> str:

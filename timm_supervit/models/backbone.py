@@ -53,7 +53,8 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
     """SuperViT of a vision transformer of timm, and with its weights: at full size and rate 1.0 the same logits.
 
     By default its image sizes are 4/7, 5/7, 6/7 and 7/7 of the backbone's, in whole patches, and it drops tokens after
-    a quarter, a half and three quarters of its blocks.
+    a quarter, a half and three quarters of its blocks. The backbone's size is that of its configuration, so an
+    ``input_size`` in ``pretrained_cfg_overlay`` says another, such as that on which its weights were fine-tuned.
 
     Args:
         pretrained: Load the backbone's weights.
@@ -65,12 +66,14 @@ def supervit(pretrained: bool = False, backbone: str = DEFAULT_BACKBONE, **kwarg
         ValueError: If there is no such backbone, or it cannot become a SuperViT; the message says why.
     """
     factory, pretrained_cfg = _find(backbone), kwargs.pop('pretrained_cfg', None)
-    cfg = _resolve_cfg(backbone, pretrained_cfg, kwargs.pop('pretrained_cfg_overlay', None))
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    cfg = _resolve_cfg(backbone, pretrained_cfg, overlay)
     models = []
 
     def build(model_cls: Any, *_: Any, pretrained_filter_fn: Any = None, **settings: Any) -> Any:
         settings.pop('feature_cfg', None)  # that of every ViT, which ours adds
         own_size = settings.pop('img_size', cfg['input_size'][-2:])
+        own_size = overlay.get('input_size', to_2tuple(own_size))[-2:]
         settings |= kwargs
         super_cls = _choose_class(backbone, model_cls, settings)
         if pretrained and not any(cfg.get(key) for key in ('url', 'file', 'hf_hub_id', 'state_dict')):
@@ -132,9 +135,9 @@ def _find(backbone: Any) -> FunctionType:
     return cast(FunctionType, model_entrypoint(name))
 
 
-def _resolve_cfg(backbone: str, given: Any, overlay: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the backbone's pretrained configuration with what was changed in it, or that of a saved SuperViT."""
-    overlay = {**(overlay or {}), 'architecture': 'supervit'}  # by which a saved model is created again
+def _resolve_cfg(backbone: str, given: Any, overlay: dict[str, Any]) -> dict[str, Any]:
+    """Return the backbone's pretrained configuration with what was changed in it, or that of a saved model."""
+    overlay = {**overlay, 'architecture': 'supervit'}  # by which a saved model is created again
     given = given if isinstance(given, dict) else resolve_pretrained_cfg('supervit', given).to_dict()
     if given.get('source'):  # of a folder or the Hub, complete
         return resolve_pretrained_cfg('supervit', given, overlay).to_dict()

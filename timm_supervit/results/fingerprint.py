@@ -21,6 +21,7 @@ class Source(NamedTuple):
         other_entries: The checkpoint's other entries of weights.
         unnamed: Why the names of its classes are not known, where they could be.
         data: What ``train.py`` was told of its data: ``dataset``, ``class_map``, ``input_key``, ``target_key``.
+        plain: The plain ViT of timm that it was made of when it was loaded; empty for a SuperViT.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Source(NamedTuple):
     other_entries: tuple[str, ...] = ()
     unnamed: str = ''
     data: Mapping[str, str] | None = None
+    plain: str = ''
 
     @property
     def weights_kind(self) -> str:

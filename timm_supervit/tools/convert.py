@@ -106,13 +106,15 @@ def model_card(
     subnets = model.subnets
     example = subnets[len(subnets) // 2]
     backbone = f' of `{model.backbone_name}`' if model.backbone_name else ''
+    plain = source_of(model).plain
+    state = f' It is not super-trained: its weights are those of a plain `{plain}`, a start.' if plain else ''
     sizes, rates = ', '.join(map(format_size, model.img_sizes)), ', '.join(map(str, model.keep_rates))
     text = f"""
 # {markdown(source.partition(':')[2].split('/')[-1])}
 
 `{config['architecture']}`{backbone}, a Super Vision Transformer ([arXiv 2205.11397](https://arxiv.org/abs/2205.11397)):
 one network that runs at many costs. Each call chooses an image size ({sizes} pixels) and a keep rate ({rates}), the
-share of the tokens that the network goes on with in its dropping blocks. It has {model.num_classes} classes.
+share of the tokens that the network goes on with in its dropping blocks. It has {model.num_classes} classes.{state}
 
 ## Use
 

@@ -214,7 +214,8 @@ def evaluate_epochs(
     results.network['weights_kind'] = next(iter(kinds))
     results.info |= {
         'checkpoint': os.fspath(folder), 'epochs': len(paths), 'entry': source_of(model).entry,
-        'other_entries': list(source_of(model).other_entries), 'unread': list(map(str, failures))}
+        'other_entries': list(source_of(model).other_entries), 'unread': list(map(str, failures)),
+        'plain': source_of(model).plain}
     return results
 
 
