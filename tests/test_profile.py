@@ -1,6 +1,9 @@
 """Measuring: every network in every setting, by what is said of it, and whole rounds only."""
 import functools
 import itertools
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,6 +172,70 @@ def test_an_exported_file_is_measured_in_its_own_runtime(exported, format):
         profile(program, runtimes=['compile'])
 
 
+def test_files_of_the_network_are_measured_in_the_same_rounds(exported, model_to_export, tmp_path):
+    model, paths = model_to_export(), [str(exported('onnx')), str(exported('onnx', quantize='int8'))]
+    rows = profile(model, [Subnet(16, 0.5)], peers=paths, batch_sizes=(1, 3), rounds=2).rows
+    assert [(subnet_of(row), row['batch_size'], row['precision'], row['runtime']) for row in rows] == [
+        (Subnet(16, 0.5), batch_size, *setting)
+        for setting in (('float32', 'eager'), ('float32', 'onnx'), ('int8', 'onnx')) for batch_size in (1, 3)]
+    assert len({row['macs'] for row in rows}) == 1
+    with pytest.raises(ValueError, match='twice in float32 by onnx'):
+        profile(load_program(paths[0]), peers=paths[:1], rounds=2)
+    with pytest.raises(ValueError, match='twice in float32 by onnx'):
+        profile(model, [Subnet(16, 0.5)], peers=paths[:1], runtimes=['onnx'], rounds=2)
+    other = model_to_export(depth=3)
+    with pytest.raises(ValueError, match=r'another network.*depth'):
+        profile(other, peers=paths[:1], rounds=2)
+    result = CliRunner().invoke(main, [
+        'profile', paths[0], '--vs', paths[1], '--rounds', '2', '--device', 'cpu', '--output', str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert [row['precision'] for row in load_results(tmp_path / 'profile.json').rows] == ['float32'] * 6 + ['int8'] * 6
+
+
+def test_a_file_of_one_subnet_is_measured_beside_others(exported, model_to_export):
+    program = load_program(exported('onnx', Subnet(16, 0.5)))
+    row, = profile(program, rounds=2).rows
+    assert subnet_of(row) == Subnet(16, 0.5)
+    rows = profile(model_to_export(), peers=[str(program.path)], rounds=2).rows
+    assert [subnet_of(row) for row in rows if row['runtime'] == 'onnx'] == [Subnet(16, 0.5)]
+
+
+@pytest.mark.parametrize(('name', 'size'), [
+    ('vit_tiny_patch16_224', 64),  # by img_size
+    ('test_efficientnet', 64),  # takes any
+    ('efficientformer_l1', 224),  # neither
+])
+def test_other_networks_are_measured_at_the_largest_size_of_the_grid_where_they_can_be(name, size, tmp_path):
+    kwargs = ['--model-kwargs', 'img_sizes=32,64', 'embed_dim=48', 'depth=2', 'drop_layers=(1,)']
+    result = CliRunner().invoke(main, [
+        'profile', 'supervit_tiny', '--subnet', '32:1', '--vs', name, '--rounds', '2', '--device', 'cpu', '--output',
+        str(tmp_path), *kwargs])
+    assert result.exit_code == 0, result.output
+    row = load_results(tmp_path / 'profile.json').rows[-1]
+    assert (row['model'], row['img_size']) == (name, size)
+    peer = timm.create_model(name, **({'img_size': 64} if name.startswith('vit') else {}))
+    assert row['macs'] == profile_file.count_macs(peer, (3, size, size))
+    assert (f'{name} at 224' in result.stdout) is (size == 224)
+
+
+def test_where_fewer_macs_save_no_time_it_is_said_with_the_remedy(model, monkeypatch):
+    rows = [
+        dict(img_size=24, keep_rate=rate, batch_size=batch_size, precision='float32', runtime='eager', macs=macs,
+             latency_ms=latency)
+        for batch_size, latencies in ((1, (0.95, 0.9, 0.84)), (64, (8., 10., 14.)))
+        for rate, macs, latency in zip((0.5, 0.7, 1.0), (4e6, 5.9e6, 8e6), latencies, strict=True)]
+    found, = profile_file.find_overhead(rows)
+    assert [(row['batch_size'], row['keep_rate']) for row in found] == [(1, 0.5), (1, 1.0)]
+    rows[0]['latency_ms'] = 0.8
+    assert profile_file.find_overhead(rows) == []  # 0.7 and 1 do not differ clearly in MACs
+    replace_clock(monkeypatch, [0.002, 0.001] * 30)
+    monkeypatch.setattr(profile_file.random.Random, 'shuffle', lambda self, order: None)
+    result = CliRunner().invoke(main, [
+        'profile', 'supervit_digits', '--subnet', '12:0.5', '--subnet', '24:1', '--device', 'cpu', *KWARGS])
+    line, = [line for line in result.stdout.splitlines() if 'overhead' in line]
+    assert all(word in line for word in ('batch 1', '12:0.5', '24:1', '-b 64'))
+
+
 @pytest.mark.parametrize(('settings', 'message'), [
     (dict(runtimes=['onnx'], precisions=['bfloat16']), 'onnx runs in float32 only, not in bfloat16'),
     (dict(runtimes=['jit']), "runtime 'jit' is unknown"),
@@ -194,6 +261,16 @@ def test_the_command_writes_tables_and_one_picture_for_each_setting(tmp_path):
     assert [row['batch_size'] for row in rows] == [1, 2, 1, 2]
     assert f'{rows[0]["latency_ms"]:.2f}' in result.stdout
     assert 'test_vit' in result.stdout
+
+
+def test_a_cuda_home_without_a_gpu_is_not_warned_of():
+    def errors(*arguments):
+        env = {**os.environ, 'CUDA_HOME': '/usr/local', 'CUDA_VISIBLE_DEVICES': ''}
+        return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=True).stderr
+
+    assert 'CUDA_HOME' in errors('-c', 'import torch.utils.benchmark')  # or there would be nothing to show
+    command = ['-m', 'timm_supervit', 'profile', 'supervit_digits', '--subnet', '12:0.5', '--rounds', '2', *KWARGS]
+    assert errors(*command) == ''
 
 
 def test_an_interrupted_command_leaves_complete_results_as_they_were(tmp_path, monkeypatch):

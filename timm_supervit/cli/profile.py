@@ -12,7 +12,8 @@ from . import base, loading, options
 @options.model_options
 @options.subnet_option
 @click.option(
-    '--vs', 'peers', multiple=True, metavar='NAME', help='Measure another model of timm too; may be repeated.')
+    '--vs', 'peers', multiple=True, metavar='NAME|FILE',
+    help='Measure another model of timm too, or an exported file of MODEL, in the same rounds; may be repeated.')
 @click.option(
     '-b', '--batch-size', 'batch_sizes', multiple=True, default=[1], show_default=True, type=click.IntRange(1),
     help='Images in a batch; may be repeated.')
@@ -50,20 +51,27 @@ def command(
     --output writes profile.json, profile.csv and, for each setting, a picture of latency against MACs. Ctrl-C keeps the
     rounds measured so far, saves them as profile-partial and exits with 130.
 
+    A model of --vs gets images of MODEL's largest size, where it takes them; the table says it where not. Latencies of
+    two calls of this command do not compare on a machine that others use: what is to be compared goes into one.
+
     \b
     Examples:
       supervit profile supervit_small --vs deit_small_patch16_224 --output results
-      supervit profile supervit_small --runtime eager --runtime compile --runtime onnx
-      supervit profile exported/supervit_small-int8.onnx --batch-size 1 --batch-size 8
+      supervit profile supervit_small -b 1 -b 64 --runtime eager --runtime compile --runtime onnx
+      supervit profile exported/supervit_small.onnx --vs exported/supervit_small-int8.onnx
     """
+    import logging
     import os
 
     os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # torch's profiler, which sees the memory, logs each of its starts
+    # What torch measures time with looks for compilers, and warns of a CUDA_HOME where there is no GPU.
+    logging.getLogger('torch.utils.cpp_extension').addFilter(lambda record: 'No CUDA runtime' not in record.msg)
 
     from ..results.files import check_output_folder
     from ..results.pictures import draw_operating_points
     from ..results.rows import COLUMNS, name_of, subnet_of
-    from ..tools.profile import profile
+    from ..subnets import format_size
+    from ..tools.profile import find_overhead, profile
     from .progress import track
     from .report import report
     from .tables import list_table
@@ -86,16 +94,30 @@ def command(
             draw_operating_points(rows, y='latency_ms', title=f'{results.model}, {setting}{mark}')
             for setting, rows in by_setting.items()}
 
+    def network_of(row: dict[str, Any]) -> str:
+        subnet, size = subnet_of(row), row['img_size']
+        is_other = not subnet and size != loaded.img_sizes[-1]
+        return str(subnet or name_of(row)) + (f' at {format_size(size)}' if is_other else '')
+
     columns = [
         key for key, column in COLUMNS.items() if column.kind == 'cost' and any(key in row for row in results.rows)]
     compared: dict[str, dict[str, Any]] = {}
     tables = []
     for setting, rows in by_setting.items():
-        shown = [{**row, 'network': str(subnet_of(row) or name_of(row))} for row in rows]
+        shown = [{**row, 'network': network_of(row)} for row in rows]
         tables.append([list_table(shown, ['network', *columns], title=f'{results.model}, {setting}')])
         for row in shown:
             compared.setdefault(row['network'], {'network': row['network']})[setting] = row['latency_ms']
     if len(by_setting) > 1:
         tables.append([list_table(
             list(compared.values()), ['network', *by_setting], title=COLUMNS['latency_ms'].heading)])
-    report(results, output, 'profile', draw, tables, done=f'{results.info["rounds"]} of {rounds} rounds')
+    lines = []
+    for row, other in find_overhead(results.rows):
+        batch = row['batch_size']
+        lines.append(
+            f'At batch {batch}, {row["precision"]}, {row["runtime"]}, {subnet_of(row)} ({row["latency_ms"]:.2f} ms) is '
+            f'not faster than {subnet_of(other)} ({other["latency_ms"]:.2f} ms), which has '
+            f'{other["macs"] / row["macs"]:.1f} times its MACs: most of so short a call is overhead. '
+            f'Larger batches show what subnets save, as -b {max(64, 8 * batch)}.')
+    report(
+        results, output, 'profile', draw, tables, lines, done=f'{results.info["rounds"]} of {rounds} rounds')

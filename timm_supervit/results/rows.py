@@ -258,6 +258,8 @@ def _check(content: Any) -> Results:
             check_keep_rate(row['keep_rate'])
         elif not isinstance(row.get('model', row.get('cascade')), str):
             raise ValueError(f'row {i} names neither a subnet nor a cascade nor a model')
+        elif row.get('img_size') is not None:
+            row['img_size'] = check_img_size(row['img_size'])
         for key, value in row.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
             if isinstance(value, tuple):  # a size, checked above

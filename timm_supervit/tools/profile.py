@@ -24,26 +24,36 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.supervit import SuperViT
-from ..programs.program import open_session
+from ..programs.program import is_program, load_program, open_session
 from ..programs.subnet_modules import FixedSubnet
 from ..programs.writing import write_program
-from ..results.rows import Results, Row, results_of
-from ..runner import SubnetRunner, setting_of
-from ..subnets import Size, size_2d
+from ..results.fingerprint import differing, fingerprint, source_of
+from ..results.rows import Results, Row, name_of, results_of, subnet_of
+from ..runner import SubnetRunner
+from ..subnets import Size, check_img_size, size_2d
 from . import Progress, silent
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 RUNTIMES = ('eager', 'compile', 'onnx')
 
 _WARM_UP_CALLS = 3
+_CLEARLY_MORE = 1.5  # times the multiply-accumulates of another subnet, which noise does not make faster
 
 
 class _Subject(NamedTuple):
-    """What is measured: the keys of its rows that name it, what is called with images, and their size (C, H, W)."""
+    """What is measured.
+
+    Attributes:
+        row: The keys of its rows that name it.
+        call: What is called with images.
+        input_size: The size of these (C, H, W).
+        fixed_setting: The ``precision`` and ``runtime`` of an exported file, which has its own; empty for others.
+    """
 
     row: Row
     call: Callable[[Tensor], Tensor]
     input_size: tuple[int, int, int]
+    fixed_setting: Row
 
 
 class _Candidate(NamedTuple):
@@ -65,7 +75,7 @@ def profile(
         rounds: int = 30,
         progress: Progress = silent,
 ) -> Results:
-    """Measure subnets, and other networks of timm in the same rounds, in every combination of the settings.
+    """Measure subnets, and other networks in the same rounds, in every combination of the settings.
 
     Subnets get images of the model's largest size, so resizing them is part of the cost. A row has ``macs`` per image,
     the median ``latency_ms`` of a batch, its 90th percentile ``latency_p90_ms`` and interquartile range
@@ -77,7 +87,9 @@ def profile(
         model: A SuperViT in evaluation mode, or an exported file, which runs in its own precision and runtime. The
             device is the model's.
         subnets: The subnets (default: all of the grid).
-        peers: Names of other models of timm. They run with random weights at the input size of their configuration.
+        peers: Names of other models of timm, or exported files of this model. Models of timm run with random weights,
+            and one that does not take images of that size gets those of its configuration; ``img_size`` of its row says
+            which. A file runs the subnets in its own precision and runtime.
         batch_sizes: Numbers of images in a batch.
         precisions: ``float32``, or ``bfloat16`` or ``float16`` by autocast.
         runtimes: ``eager``, ``compile`` (``torch.compile``) or ``onnx`` (onnxruntime, in float32 only).
@@ -90,7 +102,8 @@ def profile(
 
     Raises:
         RuntimeError: If onnxruntime cannot run on the device.
-        ValueError: If a setting is unknown or not possible, the model has no such subnet, or there is no such peer.
+        ValueError: If a setting is unknown or not possible, the model has no such subnet, there is no such peer, or a
+            file is of another model, or of what is measured anyway.
     """
     settings: list[Row] = [
         dict(batch_size=batch_size, precision=precision, runtime=runtime)
@@ -103,16 +116,19 @@ def profile(
     if not isinstance(model, SuperViT) and (*precisions, *runtimes) != ('float32', 'eager'):
         raise ValueError('an exported file runs in its own precision and runtime; leave --precision and --runtime out')
     device = model.device
-    subjects = [*_subnet_subjects(model, subnets), *(_peer_subject(peer, device) for peer in peers)]
+    subjects = _subnet_subjects(model, subnets)
+    for peer in peers:
+        subjects += _file_subjects(peer, model, subnets) if is_program(peer) else [_peer_subject(peer, model)]
+    _check_distinct(subjects, precisions, runtimes)
     candidates = []
     with tempfile.TemporaryDirectory() as folder, _compiling(len(subjects) * len(settings)):
         for i, subject in enumerate(progress(subjects, 'Preparing')):
-            for setting in settings:
+            # An exported file has one setting of its own, whatever the others are measured in.
+            for setting in [_own_setting(size) for size in batch_sizes] if subject.fixed_setting else settings:
                 run = _callable(subject, device, Path(folder) / f'{i}.onnx', **setting)
                 for _ in range(_WARM_UP_CALLS):
                     run()
-                own = {} if 'model' in subject.row else setting_of(model, setting['precision'], setting['runtime'])
-                candidates.append(_Candidate({**subject.row, **setting, **own}, subject, run))
+                candidates.append(_Candidate({**subject.row, **setting, **subject.fixed_setting}, subject, run))
         memory = [_peak_memory(candidate, device) for candidate in candidates]
         times, partial = _measure(candidates, rounds, progress)
     rows = [
@@ -134,39 +150,85 @@ def _check_setting(batch_size: int, precision: str, runtime: str) -> None:
         raise ValueError(f'runtime onnx runs in float32 only, not in {precision}; measure it in a run of its own')
 
 
+def _own_setting(batch_size: int) -> Row:
+    return dict(batch_size=batch_size, precision='float32', runtime='eager')  # of the call, not of what it runs
+
+
+def _check_distinct(subjects: Sequence[_Subject], precisions: Sequence[str], runtimes: Sequence[str]) -> None:
+    """Refuse a file that runs what is measured anyway, which could not be told apart from it."""
+    seen: set[Any] = set()
+    for subject in subjects:
+        own = tuple(subject.fixed_setting.values())
+        for setting in [own] if own else itertools.product(precisions, runtimes):
+            key = (subject.row.get('model'), subnet_of(subject.row), *setting)
+            if key in seen:
+                raise ValueError(
+                    f'{name_of(subject.row)} would be measured twice in {" by ".join(setting)}; leave out a --vs, or '
+                    f'measure the model itself in another --precision or --runtime')
+            seen.add(key)
+
+
 def _subnet_subjects(model: Any, subnets: Sequence[tuple[Size, float]] | None) -> list[_Subject]:
-    input_size = (model.in_chans, *size_2d(model.img_sizes[-1]))
     return [
         _Subject(
             {**subnet._asdict(), 'macs': cost},
             FixedSubnet(model, subnet) if isinstance(model, SuperViT)
             else functools.partial(model, img_size=subnet.img_size, keep_rate=subnet.keep_rate),
-            input_size)
+            _input_size(model), model.fixed_setting)
         for subnet, cost in model.subnet_macs(subnets).items()]
 
 
-def _peer_subject(name: str, device: torch.device) -> _Subject:
+def _input_size(model: Any) -> tuple[int, int, int]:
+    size = size_2d(model.img_sizes[-1]) if isinstance(model, SuperViT) else model.pretrained_cfg['input_size'][-2:]
+    return (model.in_chans, *size)
+
+
+def _file_subjects(path: str, model: SubnetRunner, subnets: Sequence[tuple[Size, float]] | None) -> list[_Subject]:
+    program = load_program(path, model.device)
+    if program.device.type != model.device.type:
+        raise ValueError(f'{path} runs on {program.device}, and the model on {model.device}; give that as --device')
+    if different := differing(fingerprint(model, weights=False), fingerprint(program, weights=False)):
+        raise ValueError(f'{path} is of another network than {source_of(model).name}, with other '
+                         f'{" and ".join(different)}; give a file that was exported from this one, or measure it alone')
+    return _subnet_subjects(program, subnets)
+
+
+def _peer_subject(name: str, model: SubnetRunner) -> _Subject:
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 1)
         raise ValueError(f'timm has no model {name} to measure beside it; '
                          + (f'did you mean {near[0]}?' if near else 'timm.list_models() lists those that it has'))
-    module: Any = timm.create_model(name).eval()
-    return _Subject(dict(model=name, macs=count_macs(module)), module.to(device), module.pretrained_cfg['input_size'])
+    size = _input_size(model)[1:]
+    sized: dict[str, Any] = {'img_size': size}
+    # Some are created for a size, others take any. Those that cannot say so in many ways, created or called.
+    for settings in (sized, {}):
+        with contextlib.suppress(Exception):
+            peer: Any = timm.create_model(name, **settings).eval()
+            input_size = (peer.pretrained_cfg['input_size'][0], *size)
+            macs = count_macs(peer, input_size)
+            break
+    else:
+        peer = timm.create_model(name).eval()
+        input_size = peer.pretrained_cfg['input_size']
+        macs = count_macs(peer)
+    row = dict(model=name, img_size=check_img_size(input_size[1:]), macs=macs)
+    return _Subject(row, peer.to(model.device), input_size, {})
 
 
-def count_macs(model: nn.Module) -> int:
+def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> int:
     """Return the multiply-accumulates of one forward of one image, as torch's flop counter sees them.
 
     Matrix products, convolutions and attention are counted. The forward runs on the meta device, on a copy.
 
     Args:
-        model: Any model of timm; the image has the size of its ``pretrained_cfg``.
+        model: Any model of timm.
+        input_size: Size of the image (C, H, W) (default: that of the model's ``pretrained_cfg``).
     """
     config: Any = model.pretrained_cfg
-    meta = copy.deepcopy(model).to('meta').eval()
+    meta = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        meta(torch.empty(1, *config['input_size'], device='meta'))
+        meta(torch.empty(1, *(input_size or config['input_size']), device='meta'))
     return counter.get_total_flops() // 2
 
 
@@ -226,6 +288,28 @@ def _measure(
             raise
         return times, True
     return times, False
+
+
+def find_overhead(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Return where fewer multiply-accumulates save no time, since overhead takes most of it.
+
+    Args:
+        rows: Rows of ``profile``.
+
+    Returns:
+        For each setting in which that is so, two subnets: one that is not faster than the other, which has at least 1.5
+        times its multiply-accumulates; of all such pairs the one with the largest ratio.
+    """
+    pairs: dict[Any, tuple[Row, Row]] = {}
+    known = [row for row in rows if subnet_of(row) and row['macs']]
+    for row, other in itertools.permutations(known, 2):
+        setting, of_other = ([one[key] for key in ('batch_size', 'precision', 'runtime')] for one in (row, other))
+        if setting != of_other or row['latency_ms'] < other['latency_ms']:
+            continue
+        ratio, (cheap, dear) = other['macs'] / row['macs'], pairs.get(str(setting), (row, row))
+        if ratio >= _CLEARLY_MORE and ratio > dear['macs'] / cheap['macs']:
+            pairs[str(setting)] = row, other
+    return list(pairs.values())
 
 
 def _summary(seconds: Sequence[float], batch_size: int) -> Row:
