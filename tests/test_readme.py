@@ -24,7 +24,7 @@ from timm_supervit.tools.quickstart import quickstart
 
 ROOT = Path(__file__).parents[1]
 PAGES = ['README.md', *(f'docs/{name}.md' for name in (
-    'method', 'backbones', 'training', 'deployment', 'python', 'registration', 'benchmarks', 'serving'))]
+    'method', 'backbones', 'training', 'measured', 'deployment', 'python', 'registration', 'benchmarks', 'serving'))]
 
 # Commands that other checks run: the installation and the tests by ``.ci/run``, servers by ``test_serving.py``, the
 # benchmarks by whoever measures.
