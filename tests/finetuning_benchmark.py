@@ -6,9 +6,10 @@
 ``train.py`` of timm, unmodified, with ``supervit recipe finetune``, on a plain ViT and on SuperViT with that backbone.
 WEIGHTS are the backbone's; PHOTOGRAPHS has train/CLASS and validation/CLASS, of which as many are taken as is said, the
 same of each class. A run is the epochs of plain training, of super-training, or of both, where the second starts from
-the averaged weights of the first, head included; ``super:3@3e-4`` is at another learning rate. Averaged weights are
-evaluated, of a plain network with resampled position embeddings. Each run is added as a line of FILE.jsonl, and its
-network kept in ``--networks`` as RUN-PHOTOGRAPHS-SEED.pth.tar. Without ``--run``, what the file has is printed.
+the averaged weights of the first, head included; ``super:3@3e-4`` is at another learning rate, and ``random:6`` is
+super-training in one of the ways of ``token_reduction.py``. Averaged weights are evaluated, of a plain network with
+resampled position embeddings. Each run is added as a line of FILE.jsonl, and its network kept in ``--networks`` as
+RUN-PHOTOGRAPHS-SEED.pth.tar. Without ``--run``, what the file has is printed.
 """
 import argparse
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from token_reduction import WAYS
 
 from timm_supervit.results.rows import load_results, subnet_of
 from timm_supervit.tools.recipe import recipe
@@ -71,10 +73,13 @@ def run(options: argparse.Namespace, stages: str, folder: Path) -> dict[str, Any
     epochs, _, lr = rest.partition('@')
     kwargs = [f'backbone={options.backbone}', f'img_sizes={",".join(map(str, options.img_sizes))}']
     size = options.img_sizes[-1]
-    model = ['--model', 'supervit', '--model-kwargs', *kwargs] if kind == 'super' else [
-        '--model', options.backbone, '--img-size', size, '--model-kwargs', f'img_size={size}']
+    model = ['--model', options.backbone, '--img-size', size, '--model-kwargs', f'img_size={size}'] \
+        if kind == 'plain' else ['--model', 'supervit', '--model-kwargs', *kwargs]
+    script = [Path(os.environ['TIMM_SCRIPTS'], 'train.py')]
+    if kind in WAYS:
+        script = [Path(__file__).with_name('token_reduction.py'), '--train', kind, *script]
     seconds = call(
-        '-P', Path(os.environ['TIMM_SCRIPTS'], 'train.py'), '-c', folder / 'finetune.yaml', *model, *start,
+        *(['-P'] if len(script) == 1 else []), *script, '-c', folder / 'finetune.yaml', *model, *start,
         '--data-dir', folder, '--val-split', 'some', '--num-classes', 10, '--epochs', epochs, '--warmup-epochs', 1,
         '--seed', options.seed, '--batch-size', BATCH_SIZE, *(['--lr', lr] if lr else []), '--device', 'cpu', '--amp',
         '--amp-dtype', 'bfloat16', '--workers', 1, '--val-interval', 1000, '--output', folder, '--experiment', 'run')

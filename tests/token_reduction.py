@@ -3,8 +3,8 @@
     python tests/token_reduction.py PHOTOGRAPHS FILE.jsonl NETWORK [NETWORK ...] [--rates 0.5 0.7]
     python tests/token_reduction.py --train WAY TRAIN_PY [its arguments]
 
-NETWORK is a checkpoint of ``train.py``, of a plain ViT or a SuperViT; PHOTOGRAPHS has validation/CLASS. At the largest
-image size, each way gets the MACs of the subnets of these keep rates:
+NETWORK is a checkpoint of ``train.py`` with averaged weights, of a plain ViT or a SuperViT, and runs in bfloat16;
+PHOTOGRAPHS has validation/CLASS. At the largest image size, each way gets the MACs of the subnets of these keep rates:
 
 - attention: patches that the class token attends to most are kept, which is SuperViT;
 - random: as many, drawn for each image;
@@ -135,8 +135,9 @@ def evaluate(model: Any, loader: Any, rates: Sequence[float]) -> dict[str, float
     right, seen = np.zeros(len(points)), 0
     torch.manual_seed(0)
     for images, target in loader:
-        right += [int((model.forward_head(run(model, images, subnet, way)).argmax(dim=1) == target).sum())
-                  for way, subnet in points]
+        with torch.autocast('cpu', torch.bfloat16):
+            right += [int((model.forward_head(run(model, images, subnet, way)).argmax(dim=1) == target).sum())
+                      for way, subnet in points]
         seen += len(target)
     top1 = dict(zip(points, (100 * right / seen).tolist(), strict=True))
     sizes = [top1['attention', Subnet(size, 1.)] for size in model.img_sizes]
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument('--rates', type=float, nargs='+', default=[0.5, 0.7])
     options = parser.parse_args()
     for path in options.networks:
-        model = load_model(str(path)).eval()
+        model: Any = load_model(str(path), use_ema=True).eval()
         dataset = create_dataset('', root=options.data, split='validation')
         config = model.pretrained_cfg
         loader = create_loader(
