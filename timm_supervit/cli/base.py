@@ -1,8 +1,9 @@
 """What every command is: its failures are one clear line, and its exit codes are those that scripts can rely on.
 
-0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 130: interrupted, by
-Ctrl-C or SIGTERM; what was found out until then has been printed. 141: nobody read stdout to its end; what was printed
-is saved where --output says.
+0: done. 1: it failed; one line on stderr says why. 2: the command line could not be understood. 3: done, and the
+answer is no: "supervit cascade" found none that is better than single subnets. 130: interrupted, by Ctrl-C or SIGTERM;
+what was found out until then has been printed. 141: nobody read stdout to its end; what was printed is saved where
+--output says.
 """
 import logging
 import pickle

@@ -22,6 +22,7 @@ def report(
         notes: Iterable[str] = (),
         done: str = '',
         warnings: Iterable[str] = (),
+        obsolete: Iterable[str] = (),
         **more: Any,
 ) -> None:
     """Save results, all or nothing, and show them as tables and lines, or as JSON; exit with 130 if they are partial.
@@ -36,11 +37,14 @@ def report(
         notes: Such lines for stderr.
         done: What was complete when results that are partial were interrupted; empty if they only rest on such.
         warnings: Lines of text before all tables.
+        obsolete: Names of files of earlier runs that these results take back; they are removed once these are saved.
         **more: What JSON has beside the results.
     """
     saved = ''
     if output:
         saved = f'; saved as {Path(output) / save_results(results, output, name, files())}'
+        for file in obsolete:
+            (Path(output) / file).unlink(missing_ok=True)
     if results.partial and done:
         echo(f'PARTIAL: interrupted after {done}{saved}.')
     for line in warnings:
