@@ -16,6 +16,8 @@ from PIL import Image
 from timm_supervit import Subnet
 from timm_supervit.cli import main
 from timm_supervit.images.datasets import create_evaluation_loader, open_dataset
+from timm_supervit.loading.load import load_supervit
+from timm_supervit.programs.int8 import create_calibration_loader
 from timm_supervit.programs.program import load_program
 from timm_supervit.results.rows import load_results, name_of, subnet_of
 from timm_supervit.tools import export as tool
@@ -220,3 +222,46 @@ def test_images_that_cannot_be_read_do_not_calibrate(source: str, data: Path, tm
     assert result.exit_code == 1 and f'image {broken} cannot be read' in message
     assert 'skip-bad' not in message and 'Errno' not in message
     assert not any((tmp_path / 'out').iterdir())
+
+
+# Ranges that are found in advance
+
+
+def test_the_images_for_it_are_chosen_as_for_other_commands(source: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / 'splits').mkdir()
+    (tmp_path / 'splits' / 'train').symlink_to(data)
+    (tmp_path / 'splits' / 'validation' / '0').mkdir(parents=True)  # without images
+    fixed = ['--subnet', FIXED, '--calibration-data', tmp_path / 'splits']
+    result = export(source, tmp_path / 'out', *fixed, '--split', 'train')
+    assert result.exit_code == 0, result.output
+    direct = export(source, tmp_path / 'direct', '--subnet', FIXED, '--calibration-data', data)
+    assert direct.exit_code == 0
+    name = 'supervit_digits-24-0.5-int8.onnx'
+    assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'direct' / name).read_bytes()
+    assert export(source, tmp_path / 'other', *fixed).exit_code == 1
+    assert 'no split' in export(source, tmp_path / 'other', *fixed, '--split', 'test').stderr
+    lone = export(source, tmp_path / 'other', '--split', 'train')
+    assert (lone.exit_code, '--split is for --calibration-data' in lone.stderr) == (2, True)
+
+
+def test_a_stream_for_it_is_refused(model: Any) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    with pytest.raises(ValueError, match=r'a stream .*--calibration-data'):
+        create_calibration_loader(Stream(), model, 0)
+
+
+def test_it_is_said_what_is_being_done(source: str, tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def follow(steps: Any, label: str) -> Any:
+        seen.append((label, len(list(steps))))
+        return steps
+
+    tool.export(load_supervit(source), tmp_path, 'onnx', [FIXED], quantize='int8', progress=follow)
+    assert [label.split()[0] for label, _ in seen] == ['Tracing', *['Comparing'] * 2, 'Quantizing', *['Comparing'] * 2]
+    assert {count for _, count in seen} == {1}
+    lines = export(source, tmp_path, '--subnet', FIXED).stderr.splitlines()
+    assert [line.split()[0] for line in lines] == ['Tracing', 'Quantizing']  # what may take minutes

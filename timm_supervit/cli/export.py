@@ -18,8 +18,9 @@ from .stdout import echo, print_json
     help='Write this subnet as a file of static shapes; may be repeated (default: one file of all subnets).')
 @click.option('--quantize', type=click.Choice(['int8']), help='Quantize linear layers, for format onnx.')
 @click.option(
-    '--calibration-data', type=click.Path(file_okay=False), metavar='DIR',
-    help='Folder of images by which to find the ranges of activations (default: find them in each batch).')
+    '--calibration-data', metavar='DIR',
+    help='Folder of the images by which to find the ranges of activations (default: find them in each batch).')
+@options.dataset_options
 @click.option(
     '--opset', type=int, metavar='NUMBER',
     help='Version of ONNX\'s operators, 18 or later, for an older runtime (default: that of torch\'s exporter).')
@@ -32,6 +33,7 @@ def command(
         subnets: tuple[Subnet, ...],
         quantize: str | None,
         calibration_data: str | None,
+        data: dict[str, Any],
         opset: int | None,
         workers: int,
         output: str,
@@ -57,20 +59,28 @@ def command(
       supervit export model_best.pth.tar --format onnx --quantize int8 --output exported
       supervit export model_best.pth.tar --format onnx --subnet 160:0.7 --subnet 224:1.0 --output exported
     """
-    if calibration_data and not quantize:
-        raise click.UsageError('--calibration-data is for --quantize int8; add it or leave it out.')
+    calibrates = bool(calibration_data or data['dataset'])
+    for name, value in {'calibration_data': calibration_data, **data}.items():
+        purpose = '--calibration-data' if quantize else '--quantize int8'
+        if value not in (None, 'validation') and not (quantize and calibrates):
+            raise click.UsageError(f'--{name.replace("_", "-")} is for {purpose}; add it or leave it out.')
 
+    from ..images.datasets import check_data, open_dataset
     from ..results.files import check_output_folder
     from ..tools.export import export
     from .progress import track
     from .tables import list_table, print_table
 
     check_output_folder(output)
+    data['class_map'] = data['class_map'] or ''  # whatever the classes are, and not those that were trained on
+    if calibrates:
+        check_data(calibration_data, data['dataset'])
     loaded = loading.load(
         model, takes_files=False, device=loading.resolve_device('cpu' if quantize else device), **settings)
+    images = open_dataset(calibration_data, model=loaded, **data) if calibrates else None
     manifests = export(
-        loaded, output, format, subnets, quantize=quantize, calibration_data=calibration_data, opset=opset,
-        workers=workers, progress=track)
+        loaded, output, format, subnets, quantize=quantize, calibration_data=images, opset=opset, workers=workers,
+        progress=track)
     print_json(manifests)
     for manifest in manifests:
         print_table(list_table(manifest['subnets'], ['img_size', 'keep_rate', 'macs'], title=manifest['file']))

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..tools import ONE_STEP
 from .stdout import is_quiet, note
 
 _SECONDS_BETWEEN_LINES = 20
@@ -28,6 +29,8 @@ def _draw_bar(steps: Iterable[Any], label: str, console: Console) -> Iterator[An
 def _write_lines(steps: Iterable[Any], label: str) -> Iterator[Any]:
     start = last = time.monotonic()
     total = _length(steps)
+    if steps is ONE_STEP:
+        note(f'{label} ...')
     for done, step in enumerate(steps):
         now = time.monotonic()
         if done and now - last >= _SECONDS_BETWEEN_LINES:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import IterableDataset
 from torch.utils.data import Subset as Selection
 
-from ..images.datasets import create_evaluation_loader, open_dataset
+from ..images.datasets import create_evaluation_loader, open_dataset, open_images
 from ..images.passes import bad_images
 from ..runner import SubnetRunner
 from .program import FACTS, Program, load_program
@@ -23,33 +24,40 @@ MOST_IMAGES = 128  # onnxruntime keeps what it sees of each tensor of each batch
 _OPERATORS = ['MatMul', 'Gemm']
 
 
-def create_calibration_loader(data_dir: str, model: SubnetRunner, num_workers: int) -> Any:
-    """Return a loader of up to ``MOST_IMAGES`` images, evenly spaced among those of a folder, of whatever classes."""
-    images = open_dataset(data_dir, '', model=model, class_map='')
-    dataset = images.dataset
+def create_calibration_loader(images: Any, model: SubnetRunner, num_workers: int) -> Any:
+    """Return a loader of up to ``MOST_IMAGES`` images, evenly spaced among those of ``open_images``."""
+    if isinstance(images, str | os.PathLike):
+        images = open_dataset(os.fspath(images), model=model, class_map='')  # whatever the classes are
+    images = open_images(images, model)
+    dataset: Any = images.dataset
+    if isinstance(dataset, IterableDataset):
+        raise ValueError('a stream of images has none to pick evenly from; give a folder with --calibration-data')
     if len(dataset) < LEAST_IMAGES:
         number = f'{len(dataset)} image{"" if len(dataset) == 1 else "s"}'
         raise ValueError(
-            f'{data_dir} holds {number}, and static quantization takes the '
+            f'{images.data_dir or "the data set"} holds {number}, and static quantization takes the '
             f'ranges of all activations from them; give {LEAST_IMAGES} or more, or leave out --calibration-data')
     indices = np.linspace(0, len(dataset) - 1, min(len(dataset), MOST_IMAGES)).astype(int).tolist()
+    # Small batches: onnxruntime has all tensors of one at once.
     return create_evaluation_loader(
-        images._replace(dataset=Selection(dataset, indices)), model, batch_size=16, num_workers=num_workers,
+        images._replace(dataset=Selection(dataset, indices)), model, batch_size=4, num_workers=num_workers,
         labeled=False)
 
 
 def quantize_program(
         source: str | os.PathLike,
+        path: str | os.PathLike,
         facts: str,
         calibration: Any = None,
-) -> bytes:
-    """Return the int8 form of an exported ONNX file, as the content of a file.
+) -> None:
+    """Write the int8 form of an exported ONNX file.
 
     Weights are quantized by channel, to 7 bits, since the products of two 8-bit numbers overflow where a CPU has no
     instructions of its own for them. Activations are quantized to 8 bits, by ranges found at each call, or in advance.
 
     Args:
         source: The file of ``write_program``.
+        path: The new file.
         facts: What the new file says about itself, as JSON.
         calibration: Batches of images and classes, by which the ranges of activations are found in advance, over all
             subnets of the file; None finds them at each call.
@@ -80,7 +88,7 @@ def quantize_program(
     for entry in proto.metadata_props:
         if entry.key == FACTS:
             entry.value = facts
-    return proto.SerializeToString()
+    onnx.save(proto, path)
 
 
 class _Reader:

@@ -8,6 +8,8 @@ from typing import Any
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
+ONE_STEP = (None,)  # the steps of what takes long and shows nothing until it is done
+
 
 def silent(steps: Iterable[Any], label: str) -> Iterable[Any]:
     """Return the steps; nobody sees how far they are."""

@@ -4,7 +4,6 @@ An elastic file runs every subnet: the image size and the keep rate are inputs b
 single subnet, for runtimes that want static shapes. A file counts as written only when it was loaded again and agreed
 with the model; an int8 one when it runs.
 """
-import hashlib
 import json
 import math
 import os
@@ -22,13 +21,13 @@ from ..images.labels import label_names
 from ..loading.class_names import class_names
 from ..models.supervit import SuperViT
 from ..programs.int8 import create_calibration_loader, quantize_program
-from ..programs.program import load_program, manifest_path
+from ..programs.program import checksum, load_program, manifest_path
 from ..programs.subnet_modules import ElasticSubnet, FixedSubnet
 from ..programs.writing import FORMATS, LEAST_OPSET, write_program
 from ..results.files import fill_folder
 from ..results.fingerprint import fingerprint
 from ..subnets import Subnet, format_size, size_2d
-from . import Progress, silent
+from . import ONE_STEP, Progress, silent
 
 BATCH_SIZES = (1, 5)  # one and several, neither of which is the batch size that the programs are traced with
 TOLERANCE = 1e-4  # on logits up to 1, and relative to the largest; the order of sums in matrix products explains less
@@ -51,7 +50,7 @@ def export(
         subnets: Sequence[tuple[Any, float]] = (),
         *,
         quantize: str | None = None,
-        calibration_data: str | None = None,
+        calibration_data: Any = None,
         opset: int | None = None,
         workers: int = DEFAULT_WORKERS,
         progress: Progress = silent,
@@ -68,11 +67,12 @@ def export(
         format: ``onnx`` or ``pt2``.
         subnets: The subnets to write as fixed files (default: one elastic file of all).
         quantize: ``int8`` writes the int8 forms of ONNX files.
-        calibration_data: Folder of images to find the ranges of activations by (default: find them at each call).
+        calibration_data: Images to find the ranges of activations by, of whatever classes, see ``open_images``
+            (default: find them at each call).
         opset: Version of ONNX's operators, 18 or later, for runtimes that know no later one (default: that of torch's
             exporter).
         workers: Processes that read these images.
-        progress: Follows the files as they are exported, such as ``tqdm.tqdm``.
+        progress: Follows each file as it is traced, quantized and compared with the model, such as ``tqdm.tqdm``.
 
     Returns:
         The manifest of each file: what it computes and from what inputs, how to prepare images, the names of the
@@ -89,7 +89,7 @@ def export(
         raise ValueError(f'format {format!r} is unknown; use {" or ".join(FORMATS)}')
     if quantize and format != 'onnx':
         raise ValueError(f'int8 is for format onnx and not for {format}; export that, or quantize with torchao')
-    if calibration_data and not quantize:
+    if calibration_data is not None and not quantize:
         raise ValueError('--calibration-data is for --quantize int8; add it or leave it out')
     if opset is not None and format != 'onnx':
         raise ValueError(f'--opset is for format onnx and not for {format}; leave it out')
@@ -97,12 +97,12 @@ def export(
         raise ValueError(f'opset {opset} is older than {LEAST_OPSET}, the first that can be exported to')
     model.eval()
     modules: list[Any] = [FixedSubnet(model, subnet) for subnet in model.subnet_macs(subnets)] or [ElasticSubnet(model)]
-    calibration = create_calibration_loader(calibration_data, model, workers) if calibration_data else None
+    calibration = None if calibration_data is None else create_calibration_loader(calibration_data, model, workers)
     network = fingerprint(model)
+    how = {'opset': opset} if opset else {}
     with fill_folder(output) as folder:
         return [
-            _export(module, folder, format, network, bool(quantize), calibration, {'opset': opset} if opset else {})
-            for module in progress(modules, 'Exporting')]
+            _export(module, folder, format, network, bool(quantize), calibration, how, progress) for module in modules]
 
 
 def _export(
@@ -113,6 +113,7 @@ def _export(
         is_int8: bool,
         calibration: Any,
         how: dict[str, Any],
+        progress: Progress,
 ) -> dict[str, Any]:
     facts = _describe(module, format, network)
     stem = facts['model']
@@ -120,23 +121,27 @@ def _export(
         stem += f'-{format_size(module.subnet.img_size)}-{module.subnet.keep_rate}'
     images = _example_images(module.model, _TRACED_BATCH_SIZE)
     checks: dict[str, Any] = {}
+
+    def write(path: Path) -> None:
+        for _ in progress(ONE_STEP, f'Tracing {path.name}'):
+            write_program(module, images, path, format, facts, **how)
+
     if not is_int8:
         path = folder / f'{stem}.{format}'
-        write_program(module, images, path, format, facts, **how)
-        checks['max_difference'] = _compare(module, path)
+        write(path)
+        checks['max_difference'] = _compare(module, path, progress)
     else:
         path = folder / f'{stem}-int8.{format}'
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / f'{stem}.{format}'
-            write_program(module, images, source, format, facts, **how)
-            _compare(module, source)
+            write(source)
+            _compare(module, source, progress)
             facts |= {'precision': 'int8', 'calibrated': calibration is not None}
-            path.write_bytes(quantize_program(source, json.dumps(facts), calibration))
+            for _ in progress(ONE_STEP, f'Quantizing {path.name}'):
+                quantize_program(source, path, json.dumps(facts), calibration)
             checks['float32_bytes'] = source.stat().st_size
-        checks['max_difference'] = _compare(module, path, tolerance=math.inf)
-    content = path.read_bytes()
-    manifest = {
-        'file': path.name, 'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest(), **facts, **checks}
+        checks['max_difference'] = _compare(module, path, progress, tolerance=math.inf)
+    manifest = {'file': path.name, 'bytes': path.stat().st_size, 'sha256': checksum(path), **facts, **checks}
     manifest_path(path).write_text(json.dumps(manifest, indent=2) + '\n', encoding='utf-8')
     return manifest
 
@@ -153,7 +158,7 @@ def _example_images(model: SuperViT, batch_size: int, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def _compare(module: Any, path: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
+def _compare(module: Any, path: Path, progress: Progress, tolerance: float = TOLERANCE) -> dict[str, float]:
     program, model, subnets = load_program(path), module.model, list(_subnets(module))
     if isinstance(module, ElasticSubnet):
         subnets += [Subnet(img_size, UNTRAINED_RATE) for img_size in model.img_sizes]
@@ -161,7 +166,7 @@ def _compare(module: Any, path: Path, tolerance: float = TOLERANCE) -> dict[str,
     for batch_size in BATCH_SIZES:
         differences[str(batch_size)] = 0.
         draws = [_example_images(model, batch_size, seed) for seed in range(_NUM_DRAWS)]
-        for subnet in subnets:
+        for subnet in progress(subnets, f'Comparing {path.name} with the model, batch {batch_size}'):
             # Where two patches score alike to the last digit, another order of sums keeps the other one; so an image
             # may differ, but what computes something else differs on any image.
             for images in draws:
