@@ -133,7 +133,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             link_photographs(options.data, folder, options.photographs)
-            (folder / 'finetune.yaml').write_text(recipe('finetune').replace('pretrained: true\n', ''))
+            (folder / 'finetune.yaml').write_text(recipe('finetune'))
             for stages in options.run:
                 run(options, stages, folder)
     print_table(load_lines(options.output))

@@ -377,10 +377,6 @@ def test_a_recipe_as_printed_runs_through_train_py(name, photographs, tmp_path):
     options = [] if recipe['model'] == 'supervit_digits' else SMALL_NETWORK
     if 'label_maps' in printed:
         options = [*options, '--num-classes', '3', '--dataset', f'label_maps/{write_label_maps(photographs, tmp_path)}']
-    if recipe.get('pretrained'):  # the weights of a plain network instead of a download
-        plain = timm.create_model('vit_tiny_patch16_224', img_size=64, embed_dim=48, depth=4, num_heads=3)
-        torch.save(plain.state_dict(), tmp_path / 'plain.pth')
-        options = [*options, '--pretrained-path', tmp_path / 'plain.pth']
     processes = 2 if recipe.get('aug_repeats') else 1
     train = subprocess.run(
         [sys.executable, *launch(processes), Path(TIMM_SCRIPTS, 'train.py'), '-c', tmp_path / 'recipe.yaml',
@@ -391,3 +387,38 @@ def test_a_recipe_as_printed_runs_through_train_py(name, photographs, tmp_path):
     assert len(losses) == 256 // 32 // processes if recipe.get('aug_repeats') else 300 // 32
     assert all(0 < loss < 100 for loss in losses)
     assert (tmp_path / 'run' / 'last.pth.tar').exists()
+
+
+@needs_scripts
+@pytest.mark.parametrize(('start', 'options'), [
+    ('plain', ['--pretrained', '--pretrained-path']), ('super', ['--pretrained', '--pretrained-path']),
+    ('super', ['--initial-checkpoint']), ('plain', ['--pretrained-path']),
+])
+def test_finetune_starts_from_a_file_without_the_hub(start, options, photographs, tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(read_recipe('finetune'))
+    settings = dict(embed_dim=48, depth=4, num_heads=3)
+    if start == 'plain':
+        model = timm.create_model('vit_tiny_patch16_224', img_size=64, **settings)
+    else:
+        model = timm.create_model(
+            'supervit_small', img_sizes=(32, 48, 64), drop_layers=(1, 2), num_classes=3, **settings)
+    torch.save(model.state_dict(), tmp_path / 'start.pth')
+    train = subprocess.run(
+        [sys.executable, Path(TIMM_SCRIPTS, 'train.py'), '-c', recipe, '--data-dir', photographs, '--output', tmp_path,
+         '--experiment', 'run', '--num-classes', '3', *FEW, *SMALL_NETWORK, *options, tmp_path / 'start.pth',
+         '--lr', '1e-12', '--warmup-lr', '0', '--min-lr', '0', '--weight-decay', '0'],
+        capture_output=True, text=True, timeout=240,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1', 'HF_HUB_OFFLINE': '1'})
+    assert train.returncode == 0, train.stderr[-2000:]
+    trained = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['state_dict']
+    same = {
+        key: value.shape == trained[key].shape and torch.allclose(trained[key], value, atol=1e-9)
+        for key, value in model.state_dict().items() if key in trained}
+    if '--pretrained-path' in options[:1]:  # which timm passes over without --pretrained
+        assert 'start.pth is not read' in train.stderr and '--pretrained' in train.stderr
+        assert not same['blocks.0.attn.qkv.weight']
+        return
+    assert 'is not read' not in train.stderr
+    assert all(same[key] for key in same if not key.startswith('head'))
+    assert same['head.weight'] is (options == ['--initial-checkpoint'])

@@ -82,7 +82,7 @@ amp_options = _chain(
     click.option('--amp', is_flag=True, help='Run in mixed precision.'),
     click.option(
         '--amp-dtype', type=click.Choice(['float16', 'bfloat16']), default='float16', show_default=True,
-        help='Lower precision of --amp.'),
+        help='Lower precision of --amp; on a CPU bfloat16 is the fast one.'),
 )
 workers_option = click.option(
     '-j', '--workers', default=min(4, os.cpu_count() or 1), show_default=True, type=click.IntRange(0),

@@ -804,6 +804,11 @@ def create_supervit(
         raise ValueError(
             f'{variant} has a backbone of its own; timm.create_model("supervit", backbone={kwargs["backbone"]!r}) '
             f'takes any ViT of timm')
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if cfg.file and not cfg.source and not pretrained:
+        warnings.warn(
+            f'{cfg.file} is not read, since pretrained is False; beside --pretrained-path, train.py wants --pretrained',
+            stacklevel=3)
     out_indices = kwargs.pop('out_indices', 3)
     largest = None
     if 'img_sizes' in kwargs:
@@ -825,7 +830,6 @@ def create_supervit(
         )
     except (EOFError, RuntimeError, SafetensorError) as error:
         # The readers of timm and torch don't name what they read.
-        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         source = cfg.file or cfg.hf_hub_id or cfg.url
         if not pretrained or not source:
             raise
