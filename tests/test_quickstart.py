@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import time
 from collections import Counter
@@ -123,3 +124,16 @@ def test_the_saved_images_give_the_same_results(run):
     command = ['evaluate', f'local-dir:{folder}', '--data-dir', str(folder), '--workers', '0', '--json', '-q']
     printed = CliRunner().invoke(main, command)
     assert json.loads(printed.stdout)['rows'] == results.rows
+
+
+def test_the_next_steps_that_it_prints_can_be_taken(run, tmp_path, monkeypatch):
+    folder, results = run
+    monkeypatch.setattr(quickstart_file, 'quickstart', lambda output, seed, progress: results)
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(main, ['quickstart', '--output', str(folder)]).stdout
+    commands = [shlex.split(line)[1:] for line in shown.splitlines() if line.startswith('  supervit ')]
+    assert [command[0] for command in commands] == ['profile', 'choose']
+    for command, faster in zip(commands, (['--rounds', '2'], ['--latency-ms', '1000']), strict=True):
+        result = CliRunner().invoke(main, [*command, *faster])
+        assert result.exit_code == 0, result.output
+    assert {row['batch_size'] for row in load_results(tmp_path / 'results' / 'profile.json').rows} == {1, 64}

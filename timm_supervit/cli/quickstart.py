@@ -1,4 +1,6 @@
 """``supervit quickstart``: one command that shows the whole way."""
+import shlex
+
 import click
 
 from . import base
@@ -28,4 +30,8 @@ def command(output: str, seed: int) -> None:
     results = quickstart(output, seed, progress=track)
     report(
         results, None, '', tables=[[grid_table(results.rows, key) for key in ('top1', 'macs')]],
-        lines=[f'Saved to {output}.'])
+        lines=[
+            f'Saved to {output}. Next, what it costs: one image is mostly overhead, and 64 show what subnets save.',
+            f'  supervit profile {shlex.quote(f"local-dir:{output}")} -b 1 -b 64 --output results',
+            f'  supervit choose {shlex.quote(f"{output}/evaluate.json")} results/profile.json --where batch_size=64 '
+            f'--latency-ms 10'])
