@@ -208,6 +208,9 @@ def test_the_single_subnet_to_use_instead_is_what_was_asked_for(model: Any) -> N
     assert single(macs=costs[2] * 1.01) == model.subnets[2]
     assert single(accuracy=(accuracy[1] + accuracy[2]) / 2) == model.subnets[2]
     assert single(accuracy=accuracy[-1]) == single() == model.subnets[-1]
+    cheapest = calibrate(model, report, calibration_images=calibration, macs=costs[0]).verdict  # too little for any
+    assert not cheapest.is_better and 'inside the budget' in cheapest.reason
+    assert (cheapest.single['img_size'], cheapest.single['keep_rate']) == model.subnets[0]
     answers = calibration._replace(correct=calibration.correct[[0, 3, 2, 3]])
     row = calibrate(model, report, calibration_images=answers).verdict.single
     assert (row['img_size'], row['keep_rate']) == model.subnets[1]  # the cheapest that is as accurate

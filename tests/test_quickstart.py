@@ -14,9 +14,11 @@ from click.testing import CliRunner
 from PIL import Image
 from processes import forks
 
+from timm_supervit import load_model
 from timm_supervit.cli import main
 from timm_supervit.results.rows import load_results
 from timm_supervit.tools import quickstart as quickstart_file
+from timm_supervit.tools.cascade import calibrate
 from timm_supervit.tools.quickstart import load_digits, quickstart
 
 
@@ -137,3 +139,12 @@ def test_the_next_steps_that_it_prints_can_be_taken(run, tmp_path, monkeypatch):
         result = CliRunner().invoke(main, [*command, *faster])
         assert result.exit_code == 0, result.output
     assert {row['batch_size'] for row in load_results(tmp_path / 'results' / 'profile.json').rows} == {1, 64}
+
+
+@pytest.mark.slow
+def test_the_network_has_a_cascade_as_accurate_as_itself_at_two_fifths_of_its_macs(tmp_path):
+    quickstart(tmp_path)
+    for macs in (None, 2.8e6):
+        found = calibrate(load_model(f'local-dir:{tmp_path}'), str(tmp_path), workers=0, macs=macs)
+        assert found.verdict.is_better, found.verdict
+        assert found.row['top1'] >= found.full['top1'] - 1 and found.row['macs'] <= 0.4 * found.full['macs']

@@ -619,9 +619,9 @@ def _judge(trials: Sequence[tuple[Point, Answers, Answers]], costs: Costs, goal:
     if not is_met and goal != Goal():
         reason = f'none is {"inside the budget" if goal.budget else "as accurate as was asked"}'
     elif p_value >= SIGNIFICANCE or ahead[0].mean() <= 0:  # the first is the one to use
-        reason = 'it is not significantly better than single subnets of the same mean cost'
+        reason = 'the best one is not significantly better than single subnets of the same mean cost'
     elif not is_met or (goal == Goal() and _p_value(np.concatenate(behind)) < SIGNIFICANCE):
-        reason = 'it is not as accurate as the full network'
+        reason = 'the best one is not as accurate as the full network'
     return Verdict(not reason, reason, 100 * float(differences.mean()), p_value, len(differences), single)
 
 
