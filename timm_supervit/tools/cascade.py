@@ -39,7 +39,7 @@ SIGNIFICANCE = 0.05
 
 _NUM_BUDGETS = 24
 _NUM_SIGN_FLIPS = 10_000
-_MAX_FOLDS = 4
+_MAX_FOLDS = 2  # with more, whose choices rest on much the same images, chance alone passes the test too often
 # How many thresholds are tried for each stage of a cascade of so many stages.
 _NUM_THRESHOLDS = {2: 100, 3: 30, 4: 16}
 
@@ -590,7 +590,7 @@ def _row(point: Point, answers: Answers, costs: Costs, macs: Costs) -> Row:
 
 
 def _folds(calibration: Answers, report: Answers) -> Iterator[tuple[Answers, Answers]]:
-    """Part the calibration images into parts about as large as the report images; yield what is left, and the part."""
+    """Yield the calibration images in one or two parts, each behind all other images, which are to choose for it."""
     answers = Answers(calibration.subnets, *(
         np.concatenate(both, axis=1) for both in zip(calibration[1:], report[1:], strict=True)))
     number = min(max(round(calibration.num_images / report.num_images), 1), _MAX_FOLDS)
