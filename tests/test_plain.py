@@ -218,3 +218,19 @@ def test_a_plain_run_of_train_py_evaluates_to_what_the_script_logged(name, size,
     assert result.exit_code == 0, result.output
     row, = json.loads(result.stdout)['rows']
     assert row['top1'] == pytest.approx(logged[1], abs=1e-3)
+
+
+@pytest.mark.parametrize('args', [dict(img_size='x'), dict(img_size=-56), dict(input_size=[3, 56]),
+                                  dict(img_size=10 ** 9), dict(input_size=[3, 'a', None])])
+def test_a_size_that_is_none_is_refused_by_the_name_of_the_file(args, plain, tmp_path):
+    path = write(tmp_path / 'odd.pth.tar', plain[0], 'vit_small_patch14_dinov2', {}, **args)
+    with pytest.raises(ValueError, match=r'odd\.pth\.tar holds settings of no SuperViT: img_size'):
+        load_supervit(str(path))
+
+
+def test_a_folder_that_a_file_names_is_read_only_where_it_holds_files(plain, tmp_path):
+    (tmp_path / 'folder').mkdir()
+    os.mkfifo(tmp_path / 'folder' / 'config.json')  # which a reader would wait for
+    path = write(tmp_path / 'of-folder.pth.tar', plain[0], f'local-dir:{tmp_path / "folder"}', {})
+    with pytest.raises(OSError, match='is a FIFO'):
+        load_supervit(str(path))

@@ -29,6 +29,7 @@ from ..models.supervit import SuperViT
 from ..programs.program import Program, is_program, load_program
 from ..results.files import check_regular
 from ..results.fingerprint import Source, fingerprint
+from ..subnets import check_img_size, size_2d
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .class_names import read_class_names, trained_class_names, trained_data
 
@@ -144,6 +145,7 @@ def model_of(
     trained_model, trained = _read_settings(checkpoint.args)
     try:
         check_settings(trained)
+        size = _trained_size(checkpoint.args, trained)
     except ValueError as error:
         raise ValueError(f'{checkpoint.path} holds settings of no SuperViT: {error}') from error
     if not model and not trained_model:
@@ -153,7 +155,6 @@ def model_of(
         checkpoint.path, '' if model else trained_model, '' if backbone == settings.get('backbone') else backbone)
     plain = _plain_architecture(model if _is_fetched(trained_model) else trained_model)
     if plain:
-        size = _trained_size(checkpoint.args, trained)
         trained = {key: value for key, value in trained.items() if key not in _ITS_OWN}
         if split_model_name_tag(str(settings.get('backbone')))[0] == plain:
             del settings['backbone']
@@ -195,6 +196,7 @@ def model_of(
 def _plain_architecture(model: str | None) -> str:
     """Return the name, without its tag, of timm's own architecture that a model is of, which is no SuperViT, or ''."""
     try:
+        _check_folder(model or '')
         name = resolve_model_input_args(model or '')['model_name']  # a folder and the Hub say it themselves
     except Exception:  # of any kind; creating the model says what is wrong
         return ''
@@ -203,8 +205,10 @@ def _plain_architecture(model: str | None) -> str:
 
 def _trained_size(args: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the size (height, width) of the images that ``train.py`` trained a plain ViT on, if it was told one."""
-    size = (args.get('input_size') or ())[1:] or args.get('img_size') or settings.get('img_size')
-    return to_2tuple(size) if size else None
+    size = args.get('img_size') or settings.get('img_size')
+    if isinstance(input_size := args.get('input_size'), list | tuple):
+        size = input_size[1:]
+    return size_2d(check_img_size(size)) if size else None
 
 
 def _stay_offline(path: str, *unasked: Any) -> None:
@@ -229,7 +233,8 @@ def _check_room(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any], 
         model = _create(name, {**settings, 'device': 'meta'}, source=source)
         counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
         own = sum(count for name, count in counts.items() if not name.startswith('pos_embed_list.'))
-        too_large = own > size or sum(counts.values()) > size + _MOST_RESAMPLED
+        computed = sum(buffer.numel() for buffer in model.buffers())  # rotations above all
+        too_large = own > size or sum(counts.values()) + computed > size + _MOST_RESAMPLED
     if too_large:
         raise ValueError(
             f'{checkpoint.path} has {size} bytes, which cannot fill {name} with '
@@ -304,10 +309,7 @@ def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, s
         raise ValueError(
             f'Unknown model{source}: there is no file {model} and no model of that name; '
             f'{f"did you mean {near[0]}?" if near else remedy}')
-    if model.startswith('local-dir:'):
-        for path in Path(model.partition(':')[2]).glob('*.*'):
-            if path.exists():
-                check_regular(path)  # timm reads what has the name of a file
+    _check_folder(model)
     shown = ' '.join(f'{key}={value:.200}' if isinstance(value, str) else f'{key}={reprlib.repr(value)}'
                      for key, value in settings.items() if key not in ('device', 'pretrained_cfg_overlay'))
     plain = _plain_architecture(model)
@@ -325,6 +327,14 @@ def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, s
         raise ValueError(f'{model}{source} is no SuperViT; {remedy}')
     created.source = Source('supervit' if plain and ':' not in model else model, plain=plain)
     return created.eval()
+
+
+def _check_folder(model: str) -> None:
+    """Refuse a folder of a model, if it is one, with what is no file in it; timm reads what has the name of one."""
+    if model.startswith('local-dir:'):
+        for path in Path(model.partition(':')[2]).glob('*.*'):
+            if path.exists():
+                check_regular(path)
 
 
 def _plain_settings(model: str) -> dict[str, Any]:
