@@ -234,7 +234,6 @@ def test_a_replica_whose_batches_have_stopped_is_not_healthy(
     asyncio.run(check())
 
 
-
 def test_a_machine_that_is_slower_than_in_the_profile_is_known(replica: Replica) -> None:
     """Of a network that takes four times as long, the large subnet is late; it is left after a few requests."""
     run = replica.server.run

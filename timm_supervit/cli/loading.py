@@ -11,7 +11,7 @@ import click
 
 from ..subnets import format_size
 from .options import check_pairs
-from .stdout import be_quiet, echo, note
+from .stdout import be_quiet, note
 
 
 def parse_settings(num_classes: int | None, model_kwargs: tuple[str, ...]) -> dict[str, Any]:
@@ -171,4 +171,4 @@ def warnings_shown() -> Iterator[None]:
         warnings.simplefilter('always')
         yield
     for warning in caught:
-        echo(f'Warning: {warning.message}', err=True)
+        note(f'Warning: {warning.message}')

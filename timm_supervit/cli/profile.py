@@ -51,8 +51,8 @@ def command(
     --output writes profile.json, profile.csv and, for each setting, a picture of latency against MACs. Ctrl-C keeps the
     rounds measured so far, saves them as profile-partial and exits with 130.
 
-    A model of --vs gets images of MODEL's largest size, where it takes them; the table says it where not. Latencies of
-    two calls of this command do not compare on a machine that others use: what is to be compared goes into one.
+    A model of --vs gets images of MODEL's largest size, where it takes them; the table says the size. Latencies of two
+    calls of this command do not compare on a machine that others use: what is to be compared goes into one.
 
     \b
     Examples:
@@ -95,9 +95,7 @@ def command(
             for setting, rows in by_setting.items()}
 
     def network_of(row: dict[str, Any]) -> str:
-        subnet, size = subnet_of(row), row['img_size']
-        is_other = not subnet and size != loaded.img_sizes[-1]
-        return str(subnet or name_of(row)) + (f' at {format_size(size)}' if is_other else '')
+        return str(subnet_of(row) or f'{name_of(row)} at {format_size(row["img_size"])}')
 
     columns = [
         key for key, column in COLUMNS.items() if column.kind == 'cost' and any(key in row for row in results.rows)]

@@ -37,14 +37,14 @@ def report(
         notes: Such lines for stderr.
         done: What was complete when results that are partial were interrupted; empty if they only rest on such.
         warnings: Lines of text before all tables.
-        obsolete: Names of files of earlier runs that these results take back; they are removed once these are saved.
+        obsolete: Names of files of earlier runs that these results take back; they are removed.
         **more: What JSON has beside the results.
     """
     saved = ''
     if output:
-        saved = f'; saved as {Path(output) / save_results(results, output, name, files())}'
         for file in obsolete:
             (Path(output) / file).unlink(missing_ok=True)
+        saved = f'; saved as {Path(output) / save_results(results, output, name, files())}'
     if results.partial and done:
         echo(f'PARTIAL: interrupted after {done}{saved}.')
     for line in warnings:

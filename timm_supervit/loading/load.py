@@ -39,8 +39,8 @@ CHANGEABLE = (
     'dense_weight', 'drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'weight_init',
     'fix_init')
 
-_GRID = ('img_sizes', 'drop_layers')  # what a plain ViT has none of
-_ITS_OWN = ('img_size', 'patch_drop_rate')  # settings of a plain ViT that mean something else here, or act in training
+_GRID_SETTINGS = ('img_sizes', 'drop_layers')  # what a plain ViT has none of
+_PLAIN_ONLY = ('img_size', 'patch_drop_rate')  # of a plain ViT; here they mean something else, or act in training
 _MOST_RESAMPLED = 2 ** 28  # numbers of position embeddings that a checkpoint has for other sizes
 _DATA_SETTINGS = ('mean', 'std', 'interpolation', 'crop_pct')  # of train.py, for the images of its validation
 _WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number'}
@@ -155,7 +155,7 @@ def model_of(
         checkpoint.path, '' if model else trained_model, '' if backbone == settings.get('backbone') else backbone)
     plain = _plain_architecture(model if _is_fetched(trained_model) else trained_model)
     if plain:
-        trained = {key: value for key, value in trained.items() if key not in _ITS_OWN}
+        trained = {key: value for key, value in trained.items() if key not in _PLAIN_ONLY}
         if split_model_name_tag(str(settings.get('backbone')))[0] == plain:
             del settings['backbone']
         model = trained_model if model == 'supervit' else model
@@ -167,7 +167,7 @@ def model_of(
     if len(names) > 1 and ('backbone' in trained or not plain):
         raise ValueError(f'{model} contradicts {Path(checkpoint.path).name}, which is of {trained_model}; '
                          f'give the file alone, as MODEL')
-    free = (*CHANGEABLE, *(_GRID if plain else ()))
+    free = (*CHANGEABLE, *(_GRID_SETTINGS if plain else ()))
     changed = {key: value for key, value in settings.items() if not trained_model or key in free}
     name, source = model or trained_model, '' if model else f', which {checkpoint.path} is of,'
     _check_room(checkpoint, name, {**trained, **changed}, source)
@@ -321,7 +321,9 @@ def _create(model: str, settings: Mapping[str, Any], pretrained: bool = False, s
     except ImportError:
         raise
     except Exception as error:  # what settings and files of any content raise can be of any kind
-        what = 'is no SuperViT, and none can be made of it' if plain else 'cannot be created'
+        # A network that is no ViT is not known before it is created.
+        what = 'is no SuperViT, and none can be made of it' if plain and 'cannot become' in str(error) else \
+            'cannot be created'
         raise ValueError(f'{model}{source} {what}{f" with {shown}" if shown else ""}: {_reason(error)}') from error
     if not isinstance(created, SuperViT):
         raise ValueError(f'{model}{source} is no SuperViT; {remedy}')
@@ -345,7 +347,7 @@ def _plain_settings(model: str) -> dict[str, Any]:
     config = saved['pretrained_cfg']
     channels, *size = config['input_size']
     input_size = (channels, *to_2tuple(saved.get('img_size', size)))
-    own = ('model_name', 'pretrained_cfg', 'pretrained_model_args', *_ITS_OWN)
+    own = ('model_name', 'pretrained_cfg', 'pretrained_model_args', *_PLAIN_ONLY)
     return {key: value for key, value in saved.items() if key not in own} | {
         'backbone': saved['model_name'], 'pretrained_cfg': config, 'pretrained_cfg_overlay': {'input_size': input_size}}
 

@@ -27,7 +27,7 @@ _OPERATORS = ['MatMul', 'Gemm']
 def create_calibration_loader(images: Any, model: SubnetRunner, num_workers: int) -> Any:
     """Return a loader of up to ``MOST_IMAGES`` images, evenly spaced among those of ``open_images``."""
     if isinstance(images, str | os.PathLike):
-        images = open_dataset(os.fspath(images), model=model, class_map='')  # whatever the classes are
+        images = open_dataset(os.fspath(images), '', model=model, class_map='')  # whatever the classes are
     images = open_images(images, model)
     dataset: Any = images.dataset
     if isinstance(dataset, IterableDataset):

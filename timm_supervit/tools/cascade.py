@@ -144,7 +144,7 @@ class Verdict(NamedTuple):
         p_value: How probable such a lead or a greater one is where there is none.
         images: How many images these are.
         single: Row of the single subnet to use instead: the most accurate inside the budget, or the cheapest that
-            reaches the accuracy, which without a goal is that of the full network.
+            reaches the accuracy, which without a goal is that of the full network; if none does, the full network.
     """
 
     is_better: bool
@@ -618,8 +618,10 @@ def _judge(trials: Sequence[tuple[Point, Answers, Answers]], costs: Costs, goal:
     is_met = goal.is_met(trials[0][0], _singles(trials[0][1], costs)[-1])
     if not is_met and goal != Goal():
         reason = f'none is {"inside the budget" if goal.budget else "as accurate as was asked"}'
-    elif p_value >= SIGNIFICANCE or ahead[0].mean() <= 0:  # the first is the one to use
+    elif p_value >= SIGNIFICANCE:
         reason = 'the best one is not significantly better than single subnets of the same mean cost'
+    elif ahead[0].mean() <= 0:  # the first is the one to use
+        reason = 'the best one is behind single subnets on the images that it was not chosen on'
     elif not is_met or (goal == Goal() and _p_value(np.concatenate(behind)) < SIGNIFICANCE):
         reason = 'the best one is not as accurate as the full network'
     return Verdict(not reason, reason, 100 * float(differences.mean()), p_value, len(differences), single)

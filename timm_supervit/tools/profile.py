@@ -30,7 +30,7 @@ from ..programs.writing import write_program
 from ..results.fingerprint import differing, fingerprint, source_of
 from ..results.rows import Results, Row, name_of, results_of, subnet_of
 from ..runner import SubnetRunner
-from ..subnets import Size, check_img_size, size_2d
+from ..subnets import Size, check_img_size, find_size, size_2d
 from . import Progress, silent
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
@@ -105,6 +105,8 @@ def profile(
         ValueError: If a setting is unknown or not possible, the model has no such subnet, there is no such peer, or a
             file is of another model, or of what is measured anyway.
     """
+    batch_sizes, precisions = list(dict.fromkeys(batch_sizes)), list(dict.fromkeys(precisions))
+    runtimes, peers = list(dict.fromkeys(runtimes)), list(dict.fromkeys(peers))
     settings: list[Row] = [
         dict(batch_size=batch_size, precision=precision, runtime=runtime)
         for batch_size, precision, runtime in itertools.product(batch_sizes, precisions, runtimes)
@@ -196,7 +198,7 @@ def _file_subjects(path: str, model: SubnetRunner, subnets: Sequence[tuple[Size,
 def _peer_subject(name: str, model: SubnetRunner) -> _Subject:
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 1)
-        raise ValueError(f'timm has no model {name} to measure beside it; '
+        raise ValueError(f'timm has no model {name} to measure beside it, and there is no file of that name; '
                          + (f'did you mean {near[0]}?' if near else 'timm.list_models() lists those that it has'))
     size = _input_size(model)[1:]
     sized: dict[str, Any] = {'img_size': size}
@@ -204,6 +206,8 @@ def _peer_subject(name: str, model: SubnetRunner) -> _Subject:
     for settings in (sized, {}):
         with contextlib.suppress(Exception):
             peer: Any = timm.create_model(name, **settings).eval()
+            if isinstance(peer, SuperViT):
+                find_size(check_img_size(size), peer.img_sizes)  # others it would resize
             input_size = (peer.pretrained_cfg['input_size'][0], *size)
             macs = count_macs(peer, input_size)
             break
