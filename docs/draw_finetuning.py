@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
-COLORS = {'super': '#0072B2', 'plain': '#777777', 'both': '#D55E00'}
+COLORS = {'super': '#0072B2', 'plain': '#777777', 'both': '#D55E00'}  # of what kind_of says
 LABELS = {'super': 'super-trained', 'plain': 'plain', 'both': 'plain, then super'}
 SUBNETS = {'84:1': 'full size, all tokens', '84:0.5': 'full size, keep rate 0.5'}
 COSTS = {'updates': 'updates', 'cpu_minutes': 'CPU minutes'}
@@ -32,8 +32,9 @@ def main() -> None:
                 runs: dict[str, list[tuple[float, float]]] = {}
                 for line in lines:
                     if line['photographs'] == size and kind_of(line['run']) == kind and '@' not in line['run']:
-                        runs.setdefault(line['run'], []).append((line[cost], line['top1'][subnet]))
-                points = np.array(sorted(np.mean(seeds, axis=0).tolist() for seeds in runs.values())).reshape(-1, 2)
+                        # Of one the clock was lost.
+                        runs.setdefault(line['run'], []).append((line.get(cost, np.nan), line['top1'][subnet]))
+                points = np.array(sorted(np.nanmean(seeds, axis=0).tolist() for seeds in runs.values())).reshape(-1, 2)
                 axes.plot(*points.T, color=color, marker='o', label=LABELS[kind])
                 for seeds in runs.values():  # each seed, and the mean joined by a line
                     axes.plot(*zip(*seeds, strict=True), color=color, marker='.', linestyle='', alpha=0.5)

@@ -1,6 +1,6 @@
 """What dropping tokens by class attention is worth, beside other ways of spending fewer multiply-accumulates.
 
-    python tests/token_reduction.py PHOTOGRAPHS FILE.jsonl NETWORK [NETWORK ...] [--rates 0.5 0.7]
+    python tests/token_reduction.py PHOTOGRAPHS FILE.jsonl [NETWORK ...] [--rates 0.5 0.7]
     python tests/token_reduction.py --train WAY TRAIN_PY [its arguments]
 
 NETWORK is a checkpoint of ``train.py`` with averaged weights, of a plain ViT or a SuperViT, and runs in bfloat16;
@@ -13,7 +13,9 @@ PHOTOGRAPHS has validation/CLASS. At the largest image size, each way gets the M
 - merged: in every block similar tokens are merged and attended to by their number (ToMe, arXiv 2210.09461);
 - smaller: all tokens of smaller images, interpolated between the two sizes whose MACs are next.
 
-The second form runs ``train.py`` so that super-training reduces tokens in that way.
+Each network is added as a line of FILE.jsonl, and the table of all is printed, networks that differ in what follows the
+last dash of their names put together: what class attention reaches, and by how much the others differ, with standard
+errors. The second form runs ``train.py`` so that super-training reduces tokens in that way.
 """
 import argparse
 import json
@@ -149,6 +151,24 @@ def evaluate(model: Any, loader: Any, rates: Sequence[float]) -> dict[str, float
     return result
 
 
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """Print one row for each way and rate."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for result in results:
+        groups.setdefault(result['network'].rpartition('-')[0], []).append(result['top1'])
+    print('| |', ' | '.join(f'{name} ({len(group)})' for name, group in groups.items()), '|')
+    print('|---' * (1 + len(groups)) + '|')
+    for key in results[0]['top1']:
+        way, _, subnet = key.rpartition(' ')
+        others = way not in ('', 'attention')
+        cells = []
+        for group in groups.values():
+            values = np.array([one[key] - others * one[f'attention {subnet}' if others else key] for one in group])
+            error = f' ± {values.std(ddof=1) / len(values) ** 0.5:.1f}' if len(values) > 1 else ''
+            cells.append(f'{values.mean():{"+" if others else ""}.1f}{error}')
+        print(f'| {key} |', ' | '.join(cells), '|')
+
+
 def train(way: str, script: str, arguments: Sequence[str]) -> None:
     """Run ``train.py`` with another way of reducing tokens in super-training."""
 
@@ -167,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', type=Path)
     parser.add_argument('output', type=Path)
-    parser.add_argument('networks', type=Path, nargs='+')
+    parser.add_argument('networks', type=Path, nargs='*')
     parser.add_argument('--rates', type=float, nargs='+', default=[0.5, 0.7])
     options = parser.parse_args()
     for path in options.networks:
@@ -181,6 +201,7 @@ def main() -> None:
         with options.output.open('a') as file:
             file.write(json.dumps(result) + '\n')
         print(result, flush=True)
+    print_table([json.loads(line) for line in options.output.read_text().splitlines()])
 
 
 if __name__ == '__main__':
