@@ -32,9 +32,8 @@ def main() -> None:
                 runs: dict[str, list[tuple[float, float]]] = {}
                 for line in lines:
                     if line['photographs'] == size and kind_of(line['run']) == kind and '@' not in line['run']:
-                        # Of one the clock was lost.
-                        runs.setdefault(line['run'], []).append((line.get(cost, np.nan), line['top1'][subnet]))
-                points = np.array(sorted(np.nanmean(seeds, axis=0).tolist() for seeds in runs.values())).reshape(-1, 2)
+                        runs.setdefault(line['run'], []).append((line[cost], line['top1'][subnet]))
+                points = np.array(sorted(np.mean(seeds, axis=0).tolist() for seeds in runs.values())).reshape(-1, 2)
                 axes.plot(*points.T, color=color, marker='o', label=LABELS[kind])
                 for seeds in runs.values():  # each seed, and the mean joined by a line
                     axes.plot(*zip(*seeds, strict=True), color=color, marker='.', linestyle='', alpha=0.5)

@@ -113,7 +113,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             values = [one['top1'][subnet] for one in group]
             error = f' ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}' if len(values) > 1 else ''
             cells.append(f'{np.mean(values):.1f}{error}')
-        minutes = np.mean([one['cpu_minutes'] for one in group if 'cpu_minutes' in one])  # of one the clock was lost
+        minutes = np.mean([one['cpu_minutes'] for one in group])
         print(f'| {photographs} | {name} | {len(group)} | {updates} | {minutes:.1f} |', ' | '.join(cells), '|')
 
 
